@@ -1,0 +1,1 @@
+"""Train vision-language models that reason in latent space."""

@@ -1,0 +1,1 @@
+"""What the latents hold, and whether they matter."""

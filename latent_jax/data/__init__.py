@@ -1,0 +1,1 @@
+"""Host side: numpy only. From files on disk to batches of static shape."""

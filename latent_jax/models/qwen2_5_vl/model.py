@@ -1,0 +1,59 @@
+"""Qwen2.5-VL: the vision tower, the language model, and how visual tokens enter its input."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.models.qwen2_5_vl.text import TextDecoder
+from latent_jax.models.qwen2_5_vl.vision import VisionTower
+
+
+class Qwen2_5_VL(nnx.Module):
+    """The whole model.
+
+    Args:
+      config: its shape.
+      rngs: source of the initial values.
+      dtype: of the weights; a loaded checkpoint replaces them.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.vision = VisionTower(config.vision, rngs, dtype)
+        self.text = TextDecoder(config.text, rngs, dtype)
+
+    def encode(self, batch: dict[str, Array], *, image_patches: int, **options):
+        """Encodes a group-packed batch's images; see VisionTower for what comes back."""
+        keys = ("patches", "patch_positions", "patch_window", "patch_image")
+        mean, std = self.config.image_mean, self.config.image_std
+        return self.vision(*(batch[k] for k in keys), image_patches=image_patches, mean=mean, std=std, **options)
+
+    def embed(
+        self,
+        tokens: Int[Array, "G B T"],
+        feature_index: Int[Array, "G B T"],
+        features: Float[Array, "G X D"] | None,
+    ) -> Float[Array, "G B T D"]:
+        """Token embeddings, with feature `feature_index` of the own group instead wherever that is not negative.
+
+        Features are what stands in place of words: X merged visual tokens, slot embeddings, imagined latents.
+        """
+        x = self.text.embed[...][tokens]
+        if features is None:
+            return x
+        G, B, T = tokens.shape
+        flat = jnp.maximum(feature_index.reshape(G, B * T, 1), 0)
+        given = jnp.take_along_axis(features.astype(x.dtype), flat, axis=1).reshape(x.shape)
+        return jnp.where(feature_index[..., None] >= 0, given, x)
+
+    def decode(self, x: Float[Array, "G B T D"], batch: dict[str, Array], **options):
+        """Final hidden states of packed rows, (G, B, T, D), and every layer's (L, G, B, T, D) when collected."""
+        G, B, T, D = x.shape
+        rows = (batch[k].reshape(G * B, *batch[k].shape[2:]) for k in ("positions", "segment_ids", "view_ids"))
+        hidden, layers = self.text(x.reshape(G * B, T, D), *rows, **options)
+        return hidden.reshape(G, B, T, D), None if layers is None else layers.reshape(-1, G, B, T, D)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """fp32 logits. For training, losses.next_token never holds them whole."""
+        return jnp.einsum("...D,VD->...V", hidden, self.text.head, preferred_element_type=jnp.float32)

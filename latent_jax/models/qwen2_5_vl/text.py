@@ -1,0 +1,133 @@
+"""The language model (HF Qwen2_5_VLTextModel): grouped-query attention with M-RoPE, SwiGLU, RMSNorm."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.models.qwen2_5_vl.config import TextConfig
+from latent_jax.models.qwen2_5_vl.rope import mrope, rotate
+from latent_jax.models.remat import rematerialise
+from latent_jax.models.weights import Declare
+from latent_jax.ops.attention import masked_attention, packed_mask
+from latent_jax.ops.norm import rms_norm
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer for C positions of every row, rotated already."""
+
+    k: Float[Array, "L R C K H"]
+    v: Float[Array, "L R C K H"]
+
+
+class TextBlock(nnx.Module):
+    """One decoder layer (HF Qwen2_5_VLDecoderLayer); its weights carry a leading L and are sliced by the scan."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.eps = config.rms_norm_eps
+        sizes = dict(L=config.num_hidden_layers, D=config.hidden_size, F=config.intermediate_size)
+        sizes |= dict(N=config.num_attention_heads, K=config.num_key_value_heads, H=config.head_size)
+        declare = Declare(sizes, rngs, dtype)
+        depth = (2 * config.num_hidden_layers) ** -0.5
+        self.attn_norm = declare.constant("L D", 1.0)
+        self.q = declare.normal("L D N H", "D")
+        self.q_bias = declare.constant("L N H")
+        self.k = declare.normal("L D K H", "D")
+        self.k_bias = declare.constant("L K H")
+        self.v = declare.normal("L D K H", "D")
+        self.v_bias = declare.constant("L K H")
+        self.o = declare.normal("L N H D", "N H", depth)
+        self.mlp_norm = declare.constant("L D", 1.0)
+        self.gate = declare.normal("L D F", "D")
+        self.up = declare.normal("L D F", "D")
+        self.down = declare.normal("L F D", "F", depth)
+
+    def qkv(self, x: Float[Array, "R T D"], angles: Float[Array, "R T H2"]):
+        """Queries, keys (both rotated) and values of this layer's normalised input."""
+        y = rms_norm(x, self.attn_norm[...], self.eps)
+        q = jnp.einsum("RTD,DNH->RTNH", y, self.q[...]) + self.q_bias[...]
+        k = jnp.einsum("RTD,DKH->RTKH", y, self.k[...]) + self.k_bias[...]
+        v = jnp.einsum("RTD,DKH->RTKH", y, self.v[...]) + self.v_bias[...]
+        return rotate(q, angles), rotate(k, angles), v
+
+    def finish(self, x: Float[Array, "R T D"], heads: Float[Array, "R T N H"]) -> Float[Array, "R T D"]:
+        """The layer's output from its input and its attention heads."""
+        x = x + jnp.einsum("RTNH,NHD->RTD", heads, self.o[...])
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], self.eps)
+            gate = jax.nn.silu(jnp.einsum("RTD,DF->RTF", y, self.gate[...]))
+            up = jnp.einsum("RTD,DF->RTF", y, self.up[...])
+            return x + jnp.einsum("RTF,FD->RTD", gate * up, self.down[...])
+
+
+class TextDecoder(nnx.Module):
+    """Embeddings to final hidden states (after the last RMSNorm), packed or cached."""
+
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        declare = Declare(dict(V=config.vocab_size, D=config.hidden_size), rngs, dtype)
+        # Tied tables are also the output layer: unit-variance rows would start with logits of size sqrt(D).
+        self.embed = declare.normal("V D", "D")
+        self.blocks = TextBlock(config, rngs, dtype)
+        self.norm = declare.constant("D", 1.0)
+        if not config.tie_word_embeddings:
+            self.lm_head = declare.normal("V D", "D")
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output layer: the embedding table itself where the checkpoint ties them."""
+        return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
+
+    def angles(self, positions: Int[Array, "R 3 T"]) -> Float[Array, "R T H2"]:
+        return mrope(positions, self.config.head_size, self.config.rope_theta, self.config.mrope_section)
+
+    def __call__(
+        self,
+        x: Float[Array, "R T D"],
+        positions: Int[Array, "R 3 T"],
+        segment_ids: Int[Array, "R T"],
+        view_ids: Int[Array, "R T"],
+        *,
+        remat: str = "none",
+        collect: bool = False,
+    ) -> tuple[Float[Array, "R T D"], Float[Array, "L R T D"] | None]:
+        """Packed rows: (final hidden states, every layer's output or None)."""
+        angles = self.angles(positions)
+        mask = packed_mask(segment_ids, view_ids)
+
+        def body(x, block):
+            with jax.named_scope("attention"):
+                heads = masked_attention(*block.qkv(x, angles), mask)
+            x = block.finish(x, heads)
+            return x, (x if collect else None)
+
+        x, layers = jax.lax.scan(rematerialise(body, remat), x, self.blocks)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), layers
+
+    def empty_cache(self, rows: int, length: int) -> Cache:
+        config = self.config
+        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_size)
+        return Cache(jnp.zeros(shape, self.embed.dtype), jnp.zeros(shape, self.embed.dtype))
+
+    def cached(
+        self,
+        x: Float[Array, "R T D"],
+        positions: Int[Array, "R 3 T"],
+        cache: Cache,
+        start: Int[Array, " R"],
+        mask: Bool[Array, "R T C"],
+    ) -> tuple[Float[Array, "R T D"], Cache]:
+        """Writes the keys and values of x at cache positions start, start + 1, ... of each row and attends by mask."""
+        angles = self.angles(positions)
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0)))
+
+        def body(x, layer):
+            block, old_k, old_v = layer
+            q, k, v = block.qkv(x, angles)
+            k, v = write(old_k, k, start), write(old_v, v, start)
+            return block.finish(x, masked_attention(q, k, v, mask[:, None])), Cache(k, v)
+
+        x, cache = jax.lax.scan(body, x, (self.blocks, cache.k, cache.v))
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), cache

@@ -1,0 +1,143 @@
+"""The vision tower: patches to merged visual tokens (HF Qwen2_5_VisionTransformerPretrainedModel)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from latent_jax.models.qwen2_5_vl.config import VisionConfig
+from latent_jax.models.qwen2_5_vl.rope import axial, rotate
+from latent_jax.models.remat import rematerialise
+from latent_jax.models.weights import Declare
+from latent_jax.ops.attention import block_attention
+from latent_jax.ops.norm import rms_norm
+
+EPS = 1e-6
+
+
+class VisionBlock(nnx.Module):
+    """One block (HF Qwen2_5_VLVisionBlock); its weights carry a leading L and are sliced by the scan."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        sizes = dict(L=config.depth, D=config.hidden_size, N=config.num_heads, H=config.head_size)
+        declare = Declare(sizes | dict(F=config.intermediate_size), rngs, dtype)
+        depth = (2 * config.depth) ** -0.5
+        self.norm1 = declare.constant("L D", 1.0)
+        self.qkv = declare.normal("L D 3 N H", "D")
+        self.qkv_bias = declare.constant("L 3 N H")
+        self.proj = declare.normal("L N H D", "D", depth)
+        self.proj_bias = declare.constant("L D")
+        self.norm2 = declare.constant("L D", 1.0)
+        self.gate = declare.normal("L D F", "D")
+        self.gate_bias = declare.constant("L F")
+        self.up = declare.normal("L D F", "D")
+        self.up_bias = declare.constant("L F")
+        self.down = declare.normal("L F D", "F", depth)
+        self.down_bias = declare.constant("L D")
+
+    def __call__(
+        self, x: Float[Array, "G P D"], angles: Float[Array, "G P H2"], ids: Int[Array, "G P"], block: int
+    ) -> Float[Array, "G P D"]:
+        with jax.named_scope("attention"):
+            qkv = jnp.einsum("GPD,DCNH->CGPNH", rms_norm(x, self.norm1[...], EPS), self.qkv[...])
+            q, k, v = qkv + self.qkv_bias[...][:, None, None]
+            x = x + self.project(block_attention(rotate(q, angles), rotate(k, angles), v, ids, block))
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.norm2[...], EPS)
+            gate = jax.nn.silu(jnp.einsum("GPD,DF->GPF", y, self.gate[...]) + self.gate_bias[...])
+            up = jnp.einsum("GPD,DF->GPF", y, self.up[...]) + self.up_bias[...]
+            return x + jnp.einsum("GPF,FD->GPD", gate * up, self.down[...]) + self.down_bias[...]
+
+    def project(self, heads: Float[Array, "G P N H"]) -> Float[Array, "G P D"]:
+        return jnp.einsum("GPNH,NHD->GPD", heads, self.proj[...]) + self.proj_bias[...]
+
+
+class Merger(nnx.Module):
+    """merge^2 neighbouring patches to one token of the language model's width (HF Qwen2_5_VLPatchMerger)."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        sizes = dict(D=config.hidden_size, C=config.hidden_size * config.merge_unit, O=config.out_hidden_size)
+        declare = Declare(sizes, rngs, dtype)
+        self.norm = declare.constant("D", 1.0)
+        self.fc1 = declare.normal("C C", "C")
+        self.fc1_bias = declare.constant("C")
+        self.fc2 = declare.normal("C O", "C")
+        self.fc2_bias = declare.constant("O")
+
+    def __call__(self, x: Float[Array, "G P D"]) -> Float[Array, "G M O"]:
+        G, P, D = x.shape
+        x = rms_norm(x, self.norm[...], EPS).reshape(G, P * D // self.fc1.shape[0], self.fc1.shape[0])
+        x = jax.nn.gelu(jnp.einsum("GMC,CE->GME", x, self.fc1[...]) + self.fc1_bias[...], approximate=False)
+        return jnp.einsum("GMC,CO->GMO", x, self.fc2[...]) + self.fc2_bias[...]
+
+
+class VisionTower(nnx.Module):
+    """Patches in window-major order to merged tokens in the same order; nothing is sorted on the device."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        channels = config.in_channels * config.patch_size**2
+        sizes = dict(t=config.temporal_patch_size, c=channels, D=config.hidden_size)
+        self.patch = Declare(sizes, rngs, dtype).normal("t c D", "t c")
+        self.blocks = VisionBlock(config, rngs, dtype)
+        self.merger = Merger(config, rngs, dtype)
+
+    def __call__(
+        self,
+        patches: UInt8[Array, "G P c"],
+        patch_positions: Int[Array, "G P 2"],
+        patch_window: Int[Array, "G P"],
+        patch_image: Int[Array, "G P"],
+        *,
+        image_patches: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        remat: str = "none",
+        collect: bool = False,
+    ) -> tuple[Float[Array, "G M O"], Float[Array, "G P D"], Float[Array, "L G P D"] | None]:
+        """Encodes packed images.
+
+        Args:
+          patches: uint8 pixels; c = frames * 3 * patch_size^2 in the order (channel, frame, row, column), with one
+            frame for stills or temporal_patch_size for video.
+          patch_positions: row and column of each patch in its image.
+          patch_window, patch_image: attention groups of the windowed and of the full blocks; 0 = padding.
+          image_patches: the most patches of one image (static): the block size of full attention.
+          mean, std: normalisation of the three channels, pixels scaled to [0, 1].
+          collect: also return every block's output.
+
+        Returns:
+          (merged tokens, patch features before the merger, block outputs or None).
+        """
+        x = self.embed(patches, mean, std)
+        angles = axial(patch_positions, self.config.head_size)
+        windowed = max(self.config.window_patches, self.config.merge_unit)
+        full = jnp.isin(jnp.arange(self.config.depth), jnp.array(self.config.fullatt_block_indexes, jnp.int32))
+
+        def body(x, layer):
+            block, is_full = layer
+            x = jax.lax.cond(
+                is_full,
+                lambda x: block(x, angles, patch_image, image_patches),
+                lambda x: block(x, angles, patch_window, windowed),
+                x,
+            )
+            return x, (x if collect else None)
+
+        x, layers = jax.lax.scan(rematerialise(body, remat), x, (self.blocks, full))
+        return self.merger(x), x, layers
+
+    def embed(self, patches: UInt8[Array, "G P c"], mean, std) -> Float[Array, "G P D"]:
+        """Normalises and projects. A still shows every temporal kernel the same frame: their sum is applied once."""
+        G, P, c = patches.shape
+        kernel = self.patch[...]
+        t, per_frame, D = kernel.shape
+        channels = len(mean)
+        frames = c // per_frame
+        pixels = patches.reshape(G, P, channels, -1).astype(jnp.float32)
+        pixels = (pixels / 255 - jnp.array(mean)[:, None]) / jnp.array(std)[:, None]
+        if frames == 1:
+            kernel = kernel.astype(jnp.float32).sum(0).astype(kernel.dtype)
+        else:
+            kernel = kernel.reshape(t, channels, -1, D).swapaxes(0, 1).reshape(c, D)
+        return jnp.einsum("GPc,cD->GPD", pixels.reshape(G, P, c).astype(kernel.dtype), kernel)

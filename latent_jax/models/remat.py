@@ -1,0 +1,18 @@
+"""Which activations a layer keeps for its backward pass."""
+
+from collections.abc import Callable
+
+import jax
+
+POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rematerialise(body: Callable, policy: str) -> Callable:
+    """Wraps a scan body. `none` keeps everything, `dots` keeps matmul outputs, `full` only the layer's input."""
+    if policy == "none":
+        return body
+    # prevent_cse is for bodies outside a scan; inside, the loop already keeps the recomputation apart.
+    return jax.checkpoint(body, policy=POLICIES[policy], prevent_cse=False)

@@ -1,0 +1,1 @@
+"""Operations whose implementation the platform decides, each behind one signature."""

@@ -1,0 +1,55 @@
+"""Attention over packed rows, over blocks of patches and over a key/value cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def packed_mask(segment_ids: Int[Array, "R T"], view_ids: Int[Array, "R T"]) -> Bool[Array, "R 1 T T"]:
+    """Who sees whom in a packed row: earlier keys of one's own segment whose view is 0 (the trunk) or one's own."""
+    T = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    view = (view_ids[:, None, :] == 0) | (view_ids[:, :, None] == view_ids[:, None, :])
+    return (same & view & jnp.tril(jnp.ones((T, T), bool)))[:, None]
+
+
+def masked_attention(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R U K H"],
+    v: Float[Array, "R U K H"],
+    mask: Bool[Array, "R 1 T U"],
+) -> Float[Array, "R T N H"]:
+    """Scaled dot-product attention with N / K query heads to a key head; softmax in fp32. U: keys."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def block_attention(
+    q: Float[Array, "G P N H"],
+    k: Float[Array, "G P N H"],
+    v: Float[Array, "G P N H"],
+    ids: Int[Array, "G P"],
+    block: int,
+) -> Float[Array, "G P N H"]:
+    """Attention inside runs of equal ids, each run contiguous and at most `block` long.
+
+    A run of at most `block` patches starts and ends in the same or in neighbouring blocks, so that a query's keys all
+    lie in the previous, its own and the next block: exact, without padding any window. P must be a multiple of block.
+    """
+    G, P, N, H = q.shape
+    if 3 * block >= P:
+        return masked_attention(q, k, v, (ids[:, :, None] == ids[:, None, :])[:, None])
+    blocks = P // block
+
+    def neighbours(x: Array, fill: int) -> Array:
+        x = x.reshape(G, blocks, block, *x.shape[2:])
+        edge = jnp.full_like(x[:, :1], fill)
+        before = jnp.concatenate([edge, x[:, :-1]], axis=1)
+        after = jnp.concatenate([x[:, 1:], edge], axis=1)
+        return jnp.concatenate([before, x, after], axis=2).reshape(G * blocks, 3 * block, *x.shape[3:])
+
+    own = ids.reshape(G * blocks, block)
+    mask = own[:, :, None] == neighbours(ids, -1)[:, None, :]
+    out = masked_attention(
+        q.reshape(G * blocks, block, N, H), neighbours(k, 0), neighbours(v, 0), mask[:, None]
+    )
+    return out.reshape(G, P, N, H)

@@ -1,0 +1,1 @@
+"""What a run needs whatever its method: sharding, checkpoints, metrics, preemption, FLOPs."""
