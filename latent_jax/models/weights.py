@@ -1,5 +1,6 @@
 """Weights declared once: axis letters give the shape, the sharding and the layout of the HF tensor."""
 
+import dataclasses
 import math
 
 import jax
@@ -26,9 +27,9 @@ class Declare:
     def shape(self, axes: str) -> tuple[int, ...]:
         return tuple(int(a) if a.isdigit() else self.sizes[a] for a in axes.split())
 
-    def normal(self, axes: str, fan_in: str | None = None, scale: float = 1.0) -> nnx.Param:
-        """Normal values of variance scale^2 / fan-in, the fan-in being the product of the named axes (1 if none)."""
-        std = scale / math.sqrt(math.prod(self.shape(fan_in))) if fan_in else scale
+    def normal(self, axes: str, fan_in: str, scale: float = 1.0) -> nnx.Param:
+        """Normal values of standard deviation scale / sqrt(fan-in), the fan-in being the product of the named axes."""
+        std = scale / math.sqrt(math.prod(self.shape(fan_in)))
         value = jax.random.normal(self.rngs.params(), self.shape(axes), jnp.float32) * std
         return nnx.Param(value.astype(self.dtype), axes=axes)
 
@@ -39,13 +40,37 @@ class Declare:
         return Statistic(jnp.full(self.shape(axes), value, jnp.float32), axes=axes)
 
 
-def flatten(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Every variable of a module under its dotted path, e.g. 'text.blocks.q'."""
-    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A model without its arrays: what turns a flat dict of dotted paths into a module, and back.
 
+    Training, checkpoints, HF names and optimiser masks all speak of arrays by dotted path, as `vlm.text.blocks.q`.
+    """
 
-def assign(model: nnx.Module, values: dict[str, jax.Array]) -> None:
-    """Puts arrays into a module's variables by dotted path, in place; paths not named keep what they hold."""
-    variables = flatten(model)
-    named = [(tuple(path.split(".")), variables[path].replace(value)) for path, value in values.items()]
-    nnx.update(model, nnx.from_flat_state(named))
+    graph: nnx.GraphDef
+    variables: dict[str, nnx.Variable]
+
+    @classmethod
+    def of(cls, model: nnx.Module) -> "Structure":
+        """The structure of a module, which may be abstract (`nnx.eval_shape`)."""
+        graph, state = nnx.split(model)
+        return cls(graph, {".".join(path): variable for path, variable in nnx.to_flat_state(state)})
+
+    def axes(self, path: str) -> str:
+        return self.variables[path].get_metadata("axes")
+
+    def trained(self, path: str) -> bool:
+        """Whether the variable is a weight rather than a statistic."""
+        return isinstance(self.variables[path], nnx.Param)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return self.variables[path].shape
+
+    def arrays(self, model: nnx.Module) -> dict[str, jax.Array]:
+        """The arrays of a module of this structure."""
+        return {path: variable[...] for path, variable in Structure.of(model).variables.items()}
+
+    def build(self, arrays: dict[str, jax.Array]) -> nnx.Module:
+        """The module with these arrays; every path must be there."""
+        flat = [(tuple(path.split(".")), variable.replace(arrays[path])) for path, variable in self.variables.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))

@@ -26,8 +26,8 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
-            raise UserError(f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} must give a "
-                            "head size that is a multiple of 4 (two rotary halves of row and column angles)")
+            raise UserError(f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} must give "
+                            "a head size that is a multiple of 4 (row and column angles, each in pairs)")
         if self.window_size % (self.patch_size * self.spatial_merge_size):
             raise UserError(f"vision_config.window_size {self.window_size} must be a multiple of patch_size * "
                             f"spatial_merge_size = {self.patch_size * self.spatial_merge_size}")
@@ -127,7 +127,7 @@ def _need(source: dict, key: str, where: str = "config.json"):
 def _text(source: dict) -> TextConfig:
     text = {**source, **(source.get("text_config") or {})}
     if text.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is true; no published Qwen2.5-VL uses it and it is not supported")
+        raise UserError("config.json: use_sliding_window is true, expected false as in every published Qwen2.5-VL")
     if text.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act is {text['hidden_act']!r}, expected 'silu'")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}

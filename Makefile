@@ -1,0 +1,63 @@
+# Everything runs in .venv, made here on first use from the pinned versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/stamp
+PINS := pyproject.toml constraints.txt
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help pretrain tiny_vl test test-slow lint format clean
+
+help:
+	@echo "make pretrain   latent pretraining of the embedded model on the embedded dataset, into runs/pretrain"
+	@echo "make test       the tests; make test-slow adds the slow ones"
+	@echo "make lint       ruff's rules and format; make format applies them"
+	@echo "make tiny_vl    trains the embedded model anew, into latent_jax/assets/tiny_vl"
+	@echo "make clean      removes .venv and caches; runs/ stays"
+
+pretrain: $(STAMP)/run
+	$(RUN) -m latent_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
+	$(RUN) -m latent_jax.convert --checkpoint=runs/pretrain --output=runs/pretrain/hf
+
+tiny_vl: $(STAMP)/run
+	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py --workdir=runs/tiny_vl
+	$(RUN) -m latent_jax.convert --checkpoint=runs/tiny_vl --output=latent_jax/assets/tiny_vl
+
+test: $(STAMP)/test
+	$(RUN) -m pytest
+
+test-slow: $(STAMP)/test
+	$(RUN) -m pytest -m "slow or not slow"
+
+lint: $(STAMP)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)/lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+
+# A stamp is newer than the pins that it was installed from, so that only a change of pins installs again.
+$(STAMP)/run: $(PINS) | $(STAMP)
+	@echo "installing latent_jax into $(VENV) ..."
+	@$(PIP) --editable .
+	@touch $@
+
+$(STAMP)/test: $(PINS) | $(STAMP)
+	@echo "installing latent_jax and what its tests need into $(VENV) ..."
+	@$(PIP) --editable ".[test]"
+	@touch $@ $(STAMP)/run
+
+$(STAMP)/lint: $(PINS) | $(STAMP)
+	@$(PIP) ruff
+	@touch $@
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, " \
+	  + sys.executable + " is " + sys.version.split()[0] + "; use make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMP)

@@ -1,0 +1,324 @@
+"""The config: its schema, its defaults and its checks.
+
+Every run is described by one frozen, hashable `Config`. Config files build it with `default` and plain assignments on a
+`ml_collections.ConfigDict`; `override` applies the command line's `--config.a.b=value`; `resolve` checks everything and
+freezes it. The sections of `SECTIONS` are common to all jobs; a method adds its own with its module's `SECTIONS`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pkgutil
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_collections
+
+from latent_jax import fields
+from latent_jax.errors import UserError
+from latent_jax.fields import option
+from latent_jax.runtime import files, provenance
+
+PRESETS = Path(__file__).parent / "models" / "presets"
+RESERVED = ("versions", "git_commit", "measured")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str = option("", "HF directory or hub id of the checkpoint; empty = the embedded tiny model")
+    init: str = option("checkpoint", "where the weights come from", choices=("checkpoint", "random"))
+    preset: str = option("", "a published shape that ships with the package, for planning and random weights")
+    compute_dtype: str = option("auto", "matmul dtype; auto = bfloat16 on an accelerator, float32 on a CPU",
+                                choices=("auto", "float32", "bfloat16"))
+    remat: str = option("auto", "what the backward pass recomputes; auto = as much as memory asks for",
+                        choices=("auto", "none", "full", "dots"))
+    trainable: str = option("language", "which tower learns; the method's own heads always do",
+                            choices=("language", "all"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str = option("scenes", "dataset, or a mixture 'a:0.8,b:0.2' with sampling weights")
+    path: str = option("", "directory of the prepared dataset; empty = generated or embedded")
+    split: str = option("train", "split to read")
+    replay: float = option(0.25, "share of ordinary image -> caption examples", low=0, high=1)
+    min_pixels: int = option(0, "least pixels of a resized image; 0 = the checkpoint's", low=0)
+    max_pixels: int = option(0, "most pixels of a resized image; 0 = the checkpoint's", low=0)
+    threads: int = option(2, "threads that decode and resize images", low=1, resumable=True)
+    groups: int = option(0, "groups that a step is packed into; 0 = one for each data shard", low=0)
+    rows: int = option(0, "rows of a group; 0 = from a sample of lengths", low=0)
+    tokens: int = option(0, "tokens of a row; 0 = from a sample of lengths", low=0)
+    patches: int = option(0, "patches of a group; 0 = from a sample of lengths", low=0)
+    image_patches: int = option(0, "most patches of one image; 0 = from a sample of lengths", low=0)
+    sample: int = option(256, "examples measured to choose the sizes above", low=1)
+    max_bad: float = option(0.05, "share of broken records that is skipped before it is an error", low=0, high=1,
+                            resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = option(1000, "optimiser steps of the whole run", low=1, resumable=True)
+    batch_size: int = option(32, "most examples of a step, over all devices", low=1)
+    accumulate: int = option(1, "micro-steps of a step", low=1)
+    learning_rate: float = option(2e-4, "peak learning rate", low=0)
+    head_learning_rate: float = option(0.0, "peak learning rate of the method's own heads; 0 = the same", low=0)
+    warmup: float = option(0.05, "fraction of the steps over which the learning rate rises from 0", low=0, high=1)
+    schedule: str = option("cosine", "the learning rate after the warm-up", choices=("cosine", "linear", "constant"))
+    end_factor: float = option(0.1, "last learning rate over the peak", low=0, high=1)
+    weight_decay: float = option(0.1, "AdamW's decoupled decay, on matrices only", low=0)
+    clip: float = option(1.0, "largest global gradient norm; 0 = no clipping", low=0)
+    beta1: float = option(0.9, "AdamW's first moment decay", low=0, high=1)
+    beta2: float = option(0.95, "AdamW's second moment decay", low=0, high=1)
+    epsilon: float = option(1e-8, "AdamW's denominator offset", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = option(500, "steps between checkpoints; the last step always gets one", low=1, resumable=True)
+    keep: int = option(3, "newest checkpoints kept; 0 = all", low=0, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    replica: int = option(1, "devices that hold copies of the shards; -1 = all that is left", low=-1)
+    fsdp: int = option(-1, "devices that parameters and batch are sharded over; -1 = all that is left", low=-1)
+    tp: int = option(1, "devices that heads and feed-forward are split over; -1 = all that is left", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every: int = option(0, "steps between evaluations while training; 0 = at the end only", low=0, resumable=True)
+    examples: int = option(256, "examples of an evaluation; 0 = the whole split", low=0, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every: int = option(1, "steps between lines of metrics.jsonl", low=1, resumable=True)
+    tensorboard: bool = option(True, "write TensorBoard event files too", resumable=True)
+    progress: bool = option(True, "show progress on standard error", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields that every job has; `schema` adds the method's sections."""
+
+    job: str = option("train", "what to do", choices=("train", "evaluate"))
+    method: str = option("pretrain", "a module of latent_jax/methods")
+    seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**31 - 1)
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+
+
+def methods() -> list[str]:
+    """The training methods: the modules of latent_jax/methods that declare `SECTIONS`."""
+    from latent_jax import methods as package
+
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "SECTIONS")]
+
+
+@functools.cache
+def schema(method: str) -> type[Config]:
+    """The config class of a method: the common fields and the sections that its module declares.
+
+    Raises UserError for a method that does not exist.
+    """
+    name = f"latent_jax.methods.{method}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name != name:
+            raise
+        module = None
+    if not hasattr(module, "SECTIONS"):
+        raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods())}")
+    if taken := {*RESERVED, *Config.__dataclass_fields__} & set(module.SECTIONS):
+        raise ValueError(f"{name}.SECTIONS: {sorted(taken)} is taken by the common config")
+    sections = [(key, kind, dataclasses.field(default=kind())) for key, kind in module.SECTIONS.items()]
+    return dataclasses.make_dataclass("Config", sections, bases=(Config,), frozen=True)
+
+
+def default(method: str = "pretrain") -> ml_collections.ConfigDict:
+    """Every section with every default, for a config file to change. Wrong keys and types are found by `resolve`."""
+    # The types are the schema's to check: ConfigDict's own checks would speak another language, and earlier.
+    config = ml_collections.ConfigDict(to_dict(schema(method)()), type_safe=False)
+    config.method = method
+    return config
+
+
+def override(config: ml_collections.ConfigDict, overrides: Iterable[tuple[str, str]]) -> None:
+    """Applies the command line's `a.b=text` pairs in place. Raises UserError naming the key, in the schema's words."""
+    for key, text in overrides:
+        name = f"config.{key}"
+        if key == "method" and text != config.method:
+            raise UserError(f"{name}: a config file fixes its method ({config.method!r}); choose the file of {text!r}")
+        owner, node, parts = schema(_method(config)), config, key.split(".")
+        for depth, part in enumerate(parts):
+            declared = {field.name: field for field in dataclasses.fields(owner)}
+            if part not in declared:
+                raise fields.unknown(name, part, declared)
+            annotation = fields.annotations(owner)[part]
+            section, last = dataclasses.is_dataclass(annotation), depth + 1 == len(parts)
+            if section == last:
+                raise UserError(f"{name}: " + (f"is a section; set one of {', '.join(fields.annotations(annotation))}"
+                                               if section else f"'{part}' is a single value"))
+            if last:
+                node[part] = fields.parse(name, text, annotation, declared[part].metadata)
+            else:
+                owner, node = annotation, node[part]
+
+
+def resolve(config: Mapping) -> Config:
+    """Checks every key, type, range and combination, and freezes the result.
+
+    Returns an instance of `schema(method)`: attribute access, hashable. Raises UserError on the first fault.
+    """
+    frozen = _build(schema(_method(config)), config, "config")
+    _cross_check(frozen)
+    return frozen
+
+
+def to_dict(config) -> dict:
+    """A resolved config, or a section, as nested plain dicts."""
+    return {field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
+            for field in dataclasses.fields(config)}
+
+
+def leaves(config) -> dict[str, tuple[object, dataclasses.Field, object]]:
+    """Dotted key -> (value, field, annotation) of every setting, in the schema's order."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{field.name}.{key}": leaf for key, leaf in leaves(value).items()}
+        else:
+            found[field.name] = (value, field, fields.annotations(type(config))[field.name])
+    return found
+
+
+def describe(config) -> str:
+    """One line a setting: its key, its value, what it takes and what it means."""
+    lines = []
+    for key, (value, field, annotation) in leaves(config).items():
+        takes = fields.expected(annotation, field.metadata)
+        lines.append(f"  --config.{key}={value}\n        {field.metadata['doc']} ({takes})")
+    return "\n".join(lines)
+
+
+def mixture(name: str) -> tuple[tuple[str, float], ...]:
+    """'a:0.8,b:0.2' -> (('a', 0.8), ('b', 0.2)), weights summing to 1; a plain name has weight 1.
+
+    Raises UserError for an empty name, a weight that is not a number > 0, or a name given twice.
+    """
+    pairs = []
+    for part in name.split(","):
+        dataset, _, weight = part.strip().partition(":")
+        try:
+            pairs.append((dataset.strip(), float(weight or 1)))
+        except ValueError:
+            pairs.append((dataset, -1.0))
+    names = [dataset for dataset, _ in pairs]
+    if not all(names) or len(set(names)) < len(names) or not all(0 < weight < float("inf") for _, weight in pairs):
+        raise UserError(f"config.data.name: got {name!r}, expected a dataset or 'a:0.8,b:0.2' with weights > 0")
+    total = sum(weight for _, weight in pairs)
+    return tuple((dataset, weight / total) for dataset, weight in pairs)
+
+
+def write(config: Config, path: Path, measured: Mapping = types.MappingProxyType({})) -> None:
+    """Writes config.json, whole or not at all: every setting, the package versions, the git commit.
+
+    `measured` is JSON-able: what the run chose by looking at its data, which a resumed run must not choose again.
+    """
+    found = {"versions": provenance.versions(), "git_commit": provenance.git_commit(), "measured": dict(measured)}
+    files.write_text(path, json.dumps({**to_dict(config), **found}, indent=2) + "\n")
+
+
+def read(path: Path) -> tuple[Config, dict]:
+    """Reads a config.json back: the resolved config and `measured`. Raises UserError naming the file and the key."""
+    try:
+        found = json.loads(Path(path).read_text())
+        return resolve({key: value for key, value in found.items() if key not in RESERVED}), found.get("measured", {})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the config.json of a run") from None
+    except (json.JSONDecodeError, AttributeError):
+        raise UserError(f"{path}: not a config.json (not a JSON object)") from None
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}") from None
+
+
+def check_resume(old: Config, new: Config) -> list[str]:
+    """May a run begun with `old` go on with `new`?
+
+    Returns one line for each change that is allowed and still worth saying. Raises UserError naming every key that
+    differs and that trained numbers depend on.
+    """
+    before, after = leaves(old), leaves(new)
+    differ = [key for key in {**before, **after} if _value(before, key) != _value(after, key)]
+    refused = [key for key in differ if key not in after or not after[key][1].metadata["resumable"]]
+    if refused:
+        changes = ", ".join(f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused)
+        raise UserError(f"this workdir was begun with another config: {changes}; use the old values or a new --workdir")
+    if "train.steps" in differ and new.train.schedule != "constant":
+        return [f"train.steps changes from {old.train.steps} to {new.train.steps}: the {new.train.schedule} schedule is "
+                f"stretched to it, so the learning rate jumps where the run resumes"]
+    return []
+
+
+def _value(found: dict, key: str):
+    return found[key][0] if key in found else None
+
+
+def _method(config: Mapping) -> str:
+    method = config.get("method", Config.method)
+    if not isinstance(method, str):
+        raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods())}")
+    return method
+
+
+def _build(owner: type, values: Mapping, where: str):
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{where}: got {values!r}, expected a section with {', '.join(fields.annotations(owner))}")
+    declared = {field.name: field for field in dataclasses.fields(owner)}
+    for name in values:
+        if name not in declared:
+            raise fields.unknown(f"{where}.{name}", str(name), declared)
+    built = {}
+    for name, field in declared.items():
+        key, annotation = f"{where}.{name}", fields.annotations(owner)[name]
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(annotation):
+            built[name] = _build(annotation, values[name], key)
+        else:
+            built[name] = fields.check(key, values[name], annotation, field.metadata)
+    return owner(**built)
+
+
+def _cross_check(config: Config) -> None:
+    """What no single field can know."""
+    train, data, mesh, model = config.train, config.data, config.mesh, config.model
+    if train.batch_size % train.accumulate:
+        raise UserError(f"config.train.accumulate: got {train.accumulate}, expected a divisor of "
+                        f"config.train.batch_size = {train.batch_size}")
+    if data.max_pixels and data.min_pixels > data.max_pixels:
+        raise UserError(f"config.data.min_pixels: got {data.min_pixels}, expected at most "
+                        f"config.data.max_pixels = {data.max_pixels}")
+    mixture(data.name)
+    sizes = to_dict(mesh)
+    for axis, size in sizes.items():
+        if size == 0:
+            raise UserError(f"config.mesh.{axis}: got 0, expected an integer >= 1, or -1 for all that is left")
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"config.mesh: got {sizes}, expected at most one -1 (all that is left)")
+    shapes = sorted(path.stem for path in PRESETS.glob("*.json"))
+    fields.check("config.model.preset", model.preset, str, {"choices": ["", *shapes]})
+    if model.preset and not model.path and model.init == "checkpoint":
+        raise UserError(f"config.model.preset: {model.preset!r} is a shape without weights; set config.model.path, "
+                        "or config.model.init=random")

@@ -1,0 +1,69 @@
+"""Writes a Hugging Face checkpoint from a workdir, one of its checkpoint steps, or another HF checkpoint.
+
+    python -m latent_jax.convert --checkpoint=runs/pretrain --output=exported [--step=500] [--dtype=bfloat16]
+
+The output loads in stock transformers with no remote code. It keeps the source checkpoint's dtypes unless told.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from latent_jax.errors import UserError
+from latent_jax.models import hf_export, hf_io
+from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.workdir import Run, is_workdir, split
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command: exits with status 2 and one line on standard error for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m latent_jax.convert", description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, metavar="DIR",
+                        help="a workdir, a step under its checkpoints/, an HF directory or a hub id")
+    parser.add_argument("--output", required=True, type=Path, metavar="HF_DIR",
+                        help="new or empty directory, or an earlier export to replace")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint step of the workdir; default: the newest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source checkpoint's")
+    options = parser.parse_args(arguments)
+    try:
+        convert(options.checkpoint, options.output, options.step, options.dtype)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:
+    """Writes `output` from whichever of the three that `checkpoint` is. Raises UserError where it is none of them."""
+    hf_export.check_replaceable(output)  # before anything large is read
+    path = Path(checkpoint)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        if step not in (None, int(path.name)):
+            raise UserError(f"--step={step}: --checkpoint={checkpoint} already names step {path.name}")
+        export_workdir(path.parent.parent, output, int(path.name), dtype)
+    elif is_workdir(path):
+        export_workdir(path, output, step, dtype)
+    elif step is not None:
+        raise UserError(f"--step={step}: {checkpoint} is no workdir (it has no checkpoints/), so it has no steps")
+    else:
+        export_hf(checkpoint, output, dtype)
+
+
+def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> None:
+    """A round trip, straight from file to file: no weight is ever held whole."""
+    checkpoint = hf_io.Checkpoint.open(source)
+    config = from_json(checkpoint.directory / "config.json")
+    hf_export.save(output, checkpoint.weights(config), config, source=checkpoint.directory, dtype=dtype and jnp.dtype(dtype))
+
+
+def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: str | None = None) -> None:
+    """A training run's checkpoint (the newest, or `step`) as an HF checkpoint with its latent head beside it."""
+    run = Run.of(workdir)
+    vlm, head = split(run.arrays(step))
+    latent = (head, run.latent()) if head else None
+    hf_export.save(output, vlm, run.model_config, source=run.origin, dtype=dtype and jnp.dtype(dtype), latent=latent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""From an image file to uint8 patches in window-major order, equal to HF's Qwen2VLImageProcessor (PIL backend).
+
+HF resizes in uint8 and then rescales and normalises in float32. Here the pixels stay uint8 and normalisation is left
+to the device, so an image costs one resize and one strided copy, and an eighth of the bytes.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import Int32, UInt8
+
+from latent_jax.errors import UserError
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, PIL.Image.DecompressionBombError)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How images become patches. patch_size and window_size in pixels, merge_size in patches, pixel limits in pixels.
+
+    mean and std are per channel, of pixels scaled to 0..1: what the device applies to the uint8 patches.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    window_size: int = 112
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        if self.window_size % self.factor:
+            raise UserError(f"window_size {self.window_size} must be a multiple of patch_size * merge_size "
+                            f"= {self.factor}")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise UserError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
+
+    @property
+    def factor(self) -> int:
+        """Side of a merged token, in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches under one merged token."""
+        return self.merge_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """Most patches that one attention window holds."""
+        return (self.window_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_directory(
+        cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> "ImageSpec":
+        """Reads preprocessor_config.json (or transformers 5's processor_config.json) and config.json's vision_config.
+
+        `min_pixels` and `max_pixels` replace the checkpoint's. Raises UserError naming the file and the key.
+        """
+        directory = Path(directory)
+        name = "preprocessor_config.json"
+        if not (directory / name).exists() and (directory / "processor_config.json").exists():
+            name = "processor_config.json"
+        settings = read_json(directory / name)
+        settings = settings.get("image_processor", settings)
+        vision = read_json(directory / "config.json").get("vision_config")
+        if not isinstance(vision, dict):
+            raise UserError(f"{directory / 'config.json'}: key 'vision_config' is missing")
+        _check_supported(settings, directory / name)
+        size = settings.get("size") or {}
+        given = {
+            "patch_size": settings.get("patch_size"),
+            "temporal_patch_size": settings.get("temporal_patch_size"),
+            "merge_size": settings.get("merge_size"),
+            "window_size": vision.get("window_size"),
+            "min_pixels": _first(min_pixels, settings.get("min_pixels"), size.get("shortest_edge")),
+            "max_pixels": _first(max_pixels, settings.get("max_pixels"), size.get("longest_edge")),
+            "mean": settings.get("image_mean") and tuple(settings["image_mean"]),
+            "std": settings.get("image_std") and tuple(settings["image_std"]),
+        }
+        spec = cls(**{key: value for key, value in given.items() if value is not None})
+        for key, ours in (("patch_size", spec.patch_size), ("temporal_patch_size", spec.temporal_patch_size),
+                          ("spatial_merge_size", spec.merge_size)):
+            if vision.get(key, ours) != ours:
+                raise UserError(f"{directory / name}: {key.removeprefix('spatial_')} is {ours}, but config.json's "
+                                f"vision_config.{key} is {vision[key]}")
+        return spec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patches:
+    """p patches of one image or video, window-major: windows one after the other, merged tokens whole inside them.
+
+    patches (p, c) uint8, c = (channel, temporal, row, column) flattened, with no temporal axis for a still; grid
+    (slices, rows, columns) in patches; positions (p, 2) int32 row and column in the patch grid; window, image (p,)
+    int32 ids from 1, an image id being a temporal slice.
+    """
+
+    patches: UInt8[np.ndarray, "p c"]
+    grid: tuple[int, int, int]
+    positions: Int32[np.ndarray, "p 2"]
+    window: Int32[np.ndarray, " p"]
+    image: Int32[np.ndarray, " p"]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; UserError naming the file where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: not JSON ({problem})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _check_supported(settings: dict, path: Path) -> None:
+    """Refuses preprocessing that would silently give other pixels than Qwen's."""
+    for key, value in {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+                       "resample": 3}.items():
+        if settings.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {settings[key]!r}, expected {value!r}")
+    if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{path}: rescale_factor is {settings['rescale_factor']}, expected 1/255")
+
+
+def open_image(source: Any, name: str = "") -> PIL.Image.Image:
+    """An RGB image from a path, encoded bytes, a PIL image or a uint8 array, as stock transformers would see it.
+
+    Encoded files (paths, bytes) pass `transformers.image_utils.load_image` first: upright by their EXIF tag, an alpha
+    channel dropped. Images in memory go straight to the image processor: as they stand, alpha laid on white (its
+    convert_to_rgb). Raises UserError naming the file, or `name`, where it is not a whole image.
+    """
+    if isinstance(source, PIL.Image.Image):
+        return _checked(functools.partial(_on_white, source), name or "image")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or "image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _checked(functools.partial(_decode, io.BytesIO(source)), name or "image bytes")
+    if isinstance(source, str | os.PathLike):
+        where = f"{name}: {source}" if name else str(source)
+        if not os.path.isfile(source):
+            raise UserError(f"{where}: no such image file")
+        return _checked(functools.partial(_decode, source), where)
+    raise UserError(f"{name or 'image'}: expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
+
+
+def _decode(file) -> PIL.Image.Image:
+    with PIL.Image.open(file) as image:
+        # A palette's transparent colour outlives this conversion as a colour key, which the processor then paints white.
+        return _on_white(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _checked(read, name: str) -> PIL.Image.Image:
+    try:
+        image = read()
+    except PIL.UnidentifiedImageError:
+        raise UserError(f"{name}: not an image in a known format") from None
+    except _BROKEN as problem:
+        raise UserError(f"{name}: not a whole image ({problem})") from None
+    if max(image.size) > 200 * min(image.size):
+        raise UserError(f"{name}: {image.width}x{image.height} pixels; expected an aspect ratio of at most 200")
+    return image
+
+
+def _from_array(array: np.ndarray, name: str) -> PIL.Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise UserError(f"{name}: expected a uint8 array (rows, columns[, channels]), got {array.dtype} {array.shape}")
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.shape[0] in (1, 3, 4):  # HF takes the channels from the first axis where both would do
+        array = np.moveaxis(array, 0, -1)
+    if array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    elif array.shape[-1] == 4:
+        alpha = array[..., 3:] / 255
+        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    if array.shape[-1] != 3 or 0 in array.shape:
+        raise UserError(f"{name}: expected 1, 3 or 4 channels and some pixels, got the shape {array.shape}")
+    return _checked(functools.partial(PIL.Image.fromarray, np.ascontiguousarray(array)), name)
+
+
+def smart_resize(rows: int, columns: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Size in pixels, multiples of `factor` inside the pixel limits, nearest to the given one (HF smart_resize)."""
+    if max(rows, columns) > 200 * min(rows, columns):
+        raise UserError(f"image of {columns}x{rows} pixels; expected an aspect ratio of at most 200")
+    new_rows, new_columns = round(rows / factor) * factor, round(columns / factor) * factor
+    if new_rows * new_columns > max_pixels:
+        shrink = math.sqrt(rows * columns / max_pixels)
+        new_rows = max(factor, math.floor(rows / shrink / factor) * factor)
+        new_columns = max(factor, math.floor(columns / shrink / factor) * factor)
+    elif new_rows * new_columns < min_pixels:
+        grow = math.sqrt(min_pixels / (rows * columns))
+        new_rows = math.ceil(rows * grow / factor) * factor
+        new_columns = math.ceil(columns * grow / factor) * factor
+    return new_rows, new_columns
+
+
+def patchify(image: PIL.Image.Image, spec: ImageSpec) -> Patches:
+    """A still RGB image as patches of c = 3 * patch_size^2 values (HF repeats them over the temporal kernel)."""
+    return _patches(_resized(image, spec)[None, None], spec)
+
+
+def patchify_video(frames: Sequence[PIL.Image.Image], spec: ImageSpec) -> Patches:
+    """RGB frames of one size as patches over groups of temporal_patch_size frames, the last frame repeated to fill.
+
+    c = 3 * temporal_patch_size * patch_size^2 (HF Qwen2VLVideoProcessor.patchify).
+    """
+    if not frames or len({frame.size for frame in frames}) != 1:
+        raise UserError(f"video: expected frames of one size, got {sorted({frame.size for frame in frames})}")
+    pixels = [_resized(frame, spec) for frame in frames]
+    pixels += pixels[-1:] * (-len(pixels) % spec.temporal_patch_size)
+    return _patches(np.stack(pixels).reshape(-1, spec.temporal_patch_size, *pixels[0].shape), spec)
+
+
+def _resized(image: PIL.Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "rows columns 3"]:
+    rows, columns = smart_resize(image.height, image.width, spec.factor, spec.min_pixels, spec.max_pixels)
+    return np.asarray(image.resize((columns, rows), PIL.Image.Resampling.BICUBIC))
+
+
+def _patches(pixels: UInt8[np.ndarray, "slices temporal rows columns 3"], spec: ImageSpec) -> Patches:
+    slices, temporal, rows, columns, channels = pixels.shape
+    ps, merge = spec.patch_size, spec.merge_size
+    grid = (slices, rows // ps, columns // ps)
+    channel_size = channels * temporal * ps * ps
+    out = np.empty((math.prod(grid), channel_size), np.uint8)
+    done = 0
+    # A strip of equal windows at a time: each is one strided copy straight to its place.
+    for piece in range(slices):
+        for top, bottom, left, right, count in _strips(grid[1:], spec):
+            strip = pixels[piece, :, top * ps:bottom * ps, left * ps:right * ps]
+            strip = strip.reshape(temporal, (bottom - top) // merge, merge, ps, count, -1, merge, ps, channels)
+            size = (bottom - top) * (right - left)
+            # (temporal, r, i, row, window, c, j, column, channel) -> window, r, c, i, j, channel, temporal, row, column
+            ordered = strip.transpose(4, 1, 5, 2, 6, 8, 0, 3, 7)
+            out[done:done + size].reshape(ordered.shape)[...] = ordered
+            done += size
+    positions, window = _window_order(grid[1:], spec)
+    windows = window[-1] * np.repeat(np.arange(slices, dtype=np.int32), len(window))
+    image = np.repeat(np.arange(1, slices + 1, dtype=np.int32), len(window))
+    return Patches(out, grid, np.tile(positions, (slices, 1)), np.tile(window, slices) + windows, image)
+
+
+def _strips(grid: tuple[int, int], spec: ImageSpec) -> list[tuple[int, int, int, int, int]]:
+    """(top, bottom, left, right, windows) in patches, in window order: runs of equal windows, then the narrower one."""
+    rows, columns = grid
+    side = spec.window_size // spec.patch_size
+    whole = columns // side * side
+    strips = []
+    for top in range(0, rows, side):
+        bottom = min(top + side, rows)
+        if whole:
+            strips.append((top, bottom, 0, whole, whole // side))
+        if whole < columns:
+            strips.append((top, bottom, whole, columns, 1))
+    return strips
+
+
+@functools.lru_cache(maxsize=4096)
+def _window_order(grid: tuple[int, int], spec: ImageSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (p, 2) and window ids (p,) from 1 of one slice's patches in window-major, merge-grouped order."""
+    rows, columns = np.indices(grid, dtype=np.int32)
+    merge = spec.merge_size
+    side = spec.window_size // spec.patch_size
+    window = rows // side * -(-grid[1] // side) + columns // side
+    order = np.lexsort([key.ravel() for key in (columns, rows, columns // merge, rows // merge, window)])
+    positions = np.stack([rows.ravel()[order], columns.ravel()[order]], axis=1)
+    ids = window.ravel()[order] + np.int32(1)
+    for array in (positions, ids):
+        array.flags.writeable = False  # shared by every image of this size
+    return positions, ids
+
+
+def merged_index(patches: Patches, merge_size: int) -> Int32[np.ndarray, " m"]:
+    """For each merged token in reading order (slice, row, column), its index in window-major order."""
+    slices, rows, columns = patches.grid
+    first = patches.positions[::merge_size**2] // merge_size
+    slice_of = patches.image[::merge_size**2] - 1
+    reading = (slice_of * (rows // merge_size) + first[:, 0]) * (columns // merge_size) + first[:, 1]
+    return np.argsort(reading).astype(np.int32)

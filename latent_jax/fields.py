@@ -1,0 +1,168 @@
+"""One typed setting: what it takes, how a command line spells it, and the sentence that says so when it is wrong.
+
+A section of the config is a frozen dataclass whose fields are made by `option`. The annotation is the type: `int`,
+`float`, `bool`, `str`, a `tuple[...]` of those, or a union of these; the metadata narrows it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+
+from latent_jax.errors import UserError
+
+
+def option(default, doc: str, *, choices=None, low=None, high=None, above=None, resumable: bool = False):
+    """A dataclass field with its documentation and its limits.
+
+    Args:
+      default: the value where nothing is said; must itself be allowed.
+      doc: half a sentence for `--help`, with the unit.
+      choices: the only values allowed.
+      low, high: inclusive limits; they hold for every number inside a tuple.
+      above: exclusive lower limit.
+      resumable: a run may be resumed with another value, because no trained number depends on it.
+    """
+    limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, resumable=resumable)
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@functools.cache
+def annotations(section: type) -> dict[str, object]:
+    """Field name -> annotation with strings resolved."""
+    return typing.get_type_hints(section)
+
+
+def expected(annotation, limits) -> str:
+    """What a field takes, as words: 'an integer >= 1', 'one of cosine, l2'."""
+    if limits.get("choices"):
+        return "one of " + ", ".join(str(choice) or "''" for choice in limits["choices"])
+    return _named(annotation) + _range(limits)
+
+
+def check(key: str, value, annotation, limits):
+    """Returns `value` in the annotated type (an int becomes a float, a list a tuple).
+
+    Raises UserError naming `key`, the value and what was expected.
+    """
+    fitted = _fit(value, annotation)
+    choices = limits.get("choices")
+    if fitted is _NO or not _inside(fitted, limits) or (choices and fitted not in choices):
+        near = _suggest(value, choices) if choices and isinstance(value, str) else ""
+        raise UserError(f"{key}: got {value!r}, expected {expected(annotation, limits)}{near}")
+    return fitted
+
+
+def parse(key: str, text: str, annotation, limits):
+    """Reads a command line's text as the annotated type, then checks it as `check` does.
+
+    Booleans are true/false/1/0, tuples `1,2` or `(1, 2)`, a string stands for itself.
+    """
+    return check(key, _read(text, annotation), annotation, limits)
+
+
+def unknown(key: str, name: str, known) -> UserError:
+    """The error for a name that does not exist, with the nearest that does."""
+    return UserError(f"{key}: no such key{_suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
+
+
+def _suggest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, [str(one) for one in known], n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+class _No:
+    """Stands for 'does not fit': None could be a value."""
+
+
+_NO = _No()
+
+
+def _parts(annotation) -> tuple:
+    """The members of a union, or the annotation alone."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _fit(value, annotation):
+    for part in _parts(annotation):
+        fitted = _fit_one(value, part)
+        if fitted is not _NO:
+            return fitted
+    return _NO
+
+
+def _fit_one(value, annotation):
+    if annotation is types.NoneType:
+        return None if value is None else _NO
+    if typing.get_origin(annotation) is tuple:
+        return _fit_tuple(value, typing.get_args(annotation))
+    if annotation is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if number else _NO
+    # bool is a subclass of int, yet `steps=True` is a slip.
+    return value if type(value) is annotation else _NO
+
+
+def _fit_tuple(value, members):
+    if not isinstance(value, (tuple, list)):
+        return _NO
+    if len(members) == 2 and members[1] is Ellipsis:
+        members = (members[0],) * len(value)
+    if len(value) != len(members):
+        return _NO
+    fitted = tuple(_fit(one, member) for one, member in zip(value, members))
+    return _NO if any(one is _NO for one in fitted) else fitted
+
+
+def _inside(value, limits) -> bool:
+    if isinstance(value, tuple):
+        return all(_inside(one, limits) for one in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+
+
+def _named(annotation) -> str:
+    if typing.get_origin(annotation) is tuple:
+        members = typing.get_args(annotation)
+        if len(members) == 2 and members[1] is Ellipsis:
+            inner = "tuples" if typing.get_origin(members[0]) is tuple else _NAMES[members[0]].split()[-1] + "s"
+            return f"a tuple of {inner}"
+        return "(" + ", ".join(_named(member) for member in members) + ")"
+    return " or ".join(_NAMES.get(part) or _named(part) for part in _parts(annotation))
+
+
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "none"}
+
+
+def _range(limits) -> str:
+    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    if low is not None and high is not None:
+        return f" in {low}..{high}"
+    bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None]
+    return (" " + " and ".join(bounds)) if bounds else ""
+
+
+def _read(text: str, annotation):
+    parts = _parts(annotation)
+    if bool in parts and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    if types.NoneType in parts and text.lower() == "none":
+        return None
+    tuples = [part for part in parts if typing.get_origin(part) is tuple]
+    if parts == (str,):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        # `a,b` is a tuple of strings that nobody wants to quote on a command line.
+        value = tuple(text.split(",")) if tuples and len(parts) == 1 else text
+    if tuples and len(parts) == 1 and not isinstance(value, (tuple, list)):
+        value = (value,)
+    return value

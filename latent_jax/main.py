@@ -1,0 +1,114 @@
+"""Flags -> config -> the job that it names.
+
+    python -m latent_jax.main --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.a.b=value ...]
+
+--config    the config file; VARIANT names the model (qwen2_5_vl_3b, _7b, _32b, _72b; none = the embedded tiny one)
+--workdir   where the run leaves everything; run again with the same one, it resumes. Default: runs/NAME[_VARIANT]
+--config.*  changes one setting of the config file
+"""
+
+import importlib
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from latent_jax import config as schema
+from latent_jax.errors import UserError
+
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+
+def parse(arguments: list[str]) -> tuple[schema.Config, Path]:
+    """Reads the command line (without the program's name): the resolved config and the workdir.
+
+    Raises UserError for whatever is wrong with it, and SystemExit(0) after printing the help.
+    """
+    overrides, rest = _split(arguments)
+    parsed = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=parsed)
+    flags.DEFINE_string("workdir", None, "where the run leaves everything", flag_values=parsed)
+    config_flags.DEFINE_config_file("config", lock_config=False, flag_values=parsed, sys_argv=[])
+    path = next((argument.partition("=")[2] for argument in rest if argument.startswith("--config=")), "")
+    extra = _parse_flags(parsed, rest, path)
+    if parsed.help:
+        print(f"{__doc__}\nSettings and their values ({path or 'the defaults of pretrain'}):\n")
+        print(schema.describe(schema.resolve(parsed.config or schema.default())))
+        raise SystemExit(0)
+    if extra:
+        raise UserError(f"{extra[0]}: expected only --config=FILE, --workdir=DIR and --config.KEY=VALUE; see --help")
+    if parsed.config is None:
+        raise UserError("--config is missing: expected a config file, as in --config=configs/pretrain.py")
+    schema.override(parsed.config, overrides)
+    return schema.resolve(parsed.config), Path(parsed.workdir or _default_workdir(path))
+
+
+def main() -> None:
+    """The command: exits with status 2 and one line on standard error for bad input."""
+    try:
+        config, workdir = parse(sys.argv[1:])
+        # grain asks absl for its own flags, which this program leaves at their defaults.
+        flags.FLAGS.mark_as_parsed()
+        # Only now: a typo is answered at once, not after jax has started its backend.
+        importlib.import_module(f"latent_jax.{config.job}").run(config, workdir)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _split(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes the --config.a.b settings out: ((key, text), ...) in order, and the other arguments.
+
+    The forms are absl's: --config.a=1, --config.a 1, and for booleans --config.a and --noconfig.a.
+    """
+    overrides, rest, left = [], [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        match = _OVERRIDE.fullmatch(argument)
+        if not match:
+            # Absl's `--config FILE` and `--workdir DIR`, in the one form that the rest of this file knows.
+            rest.append(f"{argument}={left.pop(0)}" if argument in ("--config", "--workdir") and left else argument)
+            continue
+        negated, key, text = match.groups()
+        if text is None and not negated and left and not left[0].startswith("--"):
+            text = left.pop(0)
+        overrides.append((key, "false" if negated else "true" if text is None else text))
+    return overrides, rest
+
+
+def _parse_flags(parsed: flags.FlagValues, rest: list[str], path: str) -> list[str]:
+    file = path.partition(":")[0]
+    if file and not Path(file).is_file():
+        raise UserError(f"--config={path}: no such file: {file}")
+    try:
+        return parsed(["latent_jax.main", *rest])[1:]
+    except UserError:
+        raise
+    except flags.UnrecognizedFlagError as problem:
+        raise UserError(f"--{problem.flagname}: no such flag; see --help") from None
+    except Exception as problem:
+        frames = [frame for frame in _frames(problem) if Path(frame.filename).name == Path(file).name]
+        place = f"{file}:{frames[-1].lineno}" if frames else f"--config={path}"
+        origin = problem.__context__ if isinstance(problem.__context__, Exception) else problem
+        message = str(origin).strip().splitlines() or [""]
+        raise UserError(f"{place}: {type(origin).__name__}: {message[-1]}") from None
+
+
+def _frames(problem: BaseException) -> list[traceback.FrameSummary]:
+    found = []
+    while problem is not None:
+        found = traceback.extract_tb(problem.__traceback__) + found
+        problem = problem.__context__
+    return found
+
+
+def _default_workdir(path: str) -> str:
+    file, _, variant = path.partition(":")
+    return "runs/" + Path(file).stem + (f"_{variant}" if variant else "")
+
+
+if __name__ == "__main__":
+    main()

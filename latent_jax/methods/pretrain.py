@@ -1,0 +1,213 @@
+"""Latent pretraining: predict, from a caption alone, what the frozen encoder sees (methods.md section 1).
+
+Loss = w_t next-token(caption) + w_s similarity(z_hat, z) + w_a alignment over the batch, with a share of ordinary
+image -> caption examples (replay) so that the model does not forget how to see.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from latent_jax.data.layout import Layout, Slots, Text
+from latent_jax.data.prompts import describe
+from latent_jax.errors import UserError
+from latent_jax.fields import option
+from latent_jax.losses import alignment, next_token, similarity
+from latent_jax.losses.pooling import adaptive_pool
+from latent_jax.losses.schedule import piecewise
+from latent_jax.models.heads import LatentHead, LatentVLM
+
+READOUTS = ("slots", "last_token", "mean_text")
+SIMILARITIES = typing.get_args(similarity.Kind)
+# The alignment losses, with where their learned (log scale, bias) start: CLIP's 1 / .07, SigLIP's 10 and -10.
+ALIGNMENTS = {"infonce": (math.log(1 / 0.07), 0.0), "sigmoid": (math.log(10), -10.0), "relational": (0.0, 0.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The three terms. A schedule is a list of (fraction of the run, factor) points, linear between them."""
+
+    next_token_weight: float = option(1.0, "weight of the caption's next-token loss", low=0.0)
+    next_token_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    similarity: str = option("l2", "how far a predicted latent is from its target", choices=SIMILARITIES)
+    similarity_weight: float = option(1.0, "weight of the similarity loss", low=0.0)
+    similarity_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    norm_weighted: bool = option(False, "cosine, contrastive: weight each slot by its target's squared norm")
+    norm_term: float = option(0.0, "cosine, contrastive: weight of the squared difference of norms", low=0.0)
+    smooth_l1_beta: float = option(1.0, "smooth_l1 only: where the square turns into the line", low=1e-6)
+    temperature: float = option(0.1, "contrastive only: temperature of the InfoNCE among slots", low=1e-4)
+    alignment: str = option("infonce", "how a batch of predictions is matched to its targets", choices=tuple(ALIGNMENTS))
+    alignment_weight: float = option(0.1, "weight of the alignment loss", low=0.0)
+    alignment_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """What is predicted, and where from."""
+
+    grid: int = option(4, "side s of the pooled grid; an image has S = s * s latents", low=1, high=64)
+    space: str = option("merged", "merged: the language model's input space; encoder: before the merger",
+                       choices=("merged", "encoder"))
+    readout: str = option("slots", "which hidden states the head reads", choices=READOUTS)
+    width: int = option(0, "width of the head's MLP; 0 = twice the target's", low=0)
+    scale: str = option("rms", "targets are divided by one number (rms) or one a channel (std)", choices=("rms", "std"))
+    statistics_examples: int = option(512, "images that the targets' mean and scale are measured on", low=2)
+    captions: str = option("random", "which of an image's captions an example takes", choices=("random", "first"))
+
+
+SECTIONS = {"loss": Loss, "latent": Latent}
+TERMS = ("next_token", "similarity", "alignment")
+
+
+# ---------------------------------------------------------------- host half
+
+
+def layout(record: dict, index: int, config, codec) -> Layout:
+    """Caption -> slots, or, for the replay share, image -> caption. Deterministic in (record, index, config)."""
+    captions = record["captions"]
+    choice = 0
+    if config.latent.captions == "random":
+        choice = int(np.random.default_rng((config.seed, index)).integers(len(captions)))
+    # Evenly spread over the data order, so that every batch holds its share exactly.
+    replay = config.data.replay
+    if int((index + 1) * replay) > int(index * replay):
+        return describe(record, captions[choice], codec)
+    return imagine_layout(captions[choice], config.latent, images=tuple(record["images"][:1]), key=record["key"])
+
+
+def imagine_layout(caption: str, latent: Latent, images: tuple = (), key: str = "") -> Layout:
+    """The sequence whose slots predict an image's latents; no image token enters the language model."""
+    slots = (Slots((latent.grid, latent.grid)),) if latent.readout == "slots" else (Text("<|im_end|>"),)
+    trunk = (Text("<|im_start|>"), Text(caption, loss=True), *slots)
+    return Layout(images=images, trunk=trunk, target=0 if images else None, key=key)
+
+
+def imagined_grid(latent: Latent) -> tuple[int, int]:
+    """Merged rows and columns that imagined latents stand for where an image's tokens would."""
+    if latent.space == "merged":
+        return latent.grid, latent.grid
+    if latent.grid % 2:  # every published merger takes 2 x 2 patches
+        raise UserError(f"latent.grid {latent.grid}: pre-merger latents are fed back through the merger, which takes "
+                        "2 x 2 of them; expected an even grid")
+    return latent.grid // 2, latent.grid // 2
+
+
+# ---------------------------------------------------------------- device half
+
+
+def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
+    """The latent head for a language model of this shape."""
+    target = target_size(model_config, config.latent.space)
+    scale, bias = ALIGNMENTS[config.loss.alignment]
+    return LatentHead(config.latent.grid**2, model_config.text.hidden_size, target,
+                      config.latent.width or 2 * target, logit_scale=scale, logit_bias=bias, rngs=rngs)
+
+
+def target_size(model_config, space: str) -> int:
+    return model_config.text.hidden_size if space == "merged" else model_config.vision.hidden_size
+
+
+def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+    """The weight of every term at this fraction of the run."""
+    loss = config.loss
+    return {t: getattr(loss, f"{t}_weight") * piecewise(getattr(loss, f"{t}_schedule"), fraction) for t in TERMS}
+
+
+def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
+    """What every term's sum is divided by: supervised tokens, slots, examples. Known from the batch alone."""
+    examples = batch["latent_mask"].sum().astype(jnp.float32)
+    slots = config.latent.grid**2
+    return {"next_token": batch["loss_weights"].sum(), "similarity": examples * slots, "alignment": examples}
+
+
+def targets(model: LatentVLM, merged: Array, before: Array, batch: dict[str, Array], latent: Latent):
+    """Pooled targets in the encoder's own space, (G, E, S, Z) fp32, without gradient."""
+    unit = model.vlm.config.vision.spatial_merge_size
+    if latent.space == "merged":
+        step = unit**2
+        features, image, cells = merged, batch["patch_image"][:, ::step], batch["patch_positions"][:, ::step] // unit
+        grid = batch["target_grid"]
+    else:
+        features, image, cells = before, batch["patch_image"], batch["patch_positions"]
+        grid = batch["target_grid"] * unit
+    pool = jax.vmap(functools.partial(adaptive_pool, side=latent.grid))
+    return jax.lax.stop_gradient(pool(features, image, cells, batch["target_image"], grid))
+
+
+def merge_latents(vlm, latents: Float[Array, "X S Z"], side: int) -> Float[Array, "X M D"]:
+    """Pre-merger latents on a side x side grid through the frozen merger, in reading order of the merged grid."""
+    X, _, Z = latents.shape
+    merge = vlm.config.vision.spatial_merge_size
+    cells = latents.reshape(X, side // merge, merge, side // merge, merge, Z).swapaxes(2, 3)
+    return vlm.vision.merger(cells.reshape(X, side * side, Z).astype(vlm.vision.merger.fc1.dtype))
+
+
+def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Array], readout: str):
+    """The hidden states that the head reads, (G, E, S, D)."""
+    G, B, T, D = hidden.shape
+    flat = hidden.reshape(G, B * T, D)
+    if readout == "slots":
+        return jax.vmap(lambda h, i: h[i])(flat, batch["latent_index"])
+    start, end = batch["caption_span"][..., 0], batch["caption_span"][..., 1]
+    if readout == "last_token":
+        text = jax.vmap(lambda h, i: h[i])(flat, jnp.maximum(end - 1, 0))
+    else:
+        place = jnp.arange(B * T)
+        inside = (place >= start[..., None]) & (place < end[..., None])
+        share = inside / jnp.maximum(inside.sum(-1, keepdims=True), 1)
+        text = jnp.einsum("GEX,GXD->GED", share.astype(flat.dtype), flat)
+    # One vector for every slot: the slot's embedding tells the head which cell is asked for.
+    return text[:, :, None] + head.slots[...].astype(text.dtype)
+
+
+def forward(model: LatentVLM, batch: dict[str, Array], config):
+    """(hidden states (G B T D), predicted and target standardised latents (G E S Z) fp32)."""
+    options = dict(remat=config.model.remat)
+    merged, before, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
+    slots = jnp.broadcast_to(model.head.slots[...], (merged.shape[0], *model.head.slots.shape)).astype(merged.dtype)
+    x = model.vlm.embed(batch["tokens"], batch["feature_index"], jnp.concatenate([merged, slots], axis=1))
+    hidden, _ = model.vlm.decode(x, batch, **options)
+    target = model.head.standardise(targets(model, merged, before, batch, config.latent))
+    predicted = model.head(read(hidden, model.head, batch, config.latent.readout))
+    return hidden, predicted, target
+
+
+def loss(model: LatentVLM, batch: dict[str, Array], config):
+    """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
+    hidden, predicted, target = forward(model, batch, config)
+    G, E, S, Z = predicted.shape
+    predicted, target = predicted.reshape(G * E, S, Z), target.reshape(G * E, S, Z)
+    mask = batch["latent_mask"].reshape(G * E)
+    D = hidden.shape[-1]
+    options = config.loss
+    results = {
+        "next_token": next_token.next_token(
+            hidden.reshape(-1, D), model.vlm.text.head, batch["targets"].reshape(-1), batch["loss_weights"].reshape(-1)
+        ),
+        "similarity": similarity.similarity(
+            predicted, target, mask, kind=options.similarity, norm_weighted=options.norm_weighted,
+            norm_term=options.norm_term, beta=options.smooth_l1_beta, temperature=options.temperature,
+        ),
+        "alignment": align(predicted.mean(1), target.mean(1), mask, model.head, options.alignment),
+    }
+    terms = {name: (total, weight) for name, (total, weight, _) in results.items()}
+    metrics = {f"{name}/{key}": value for name, (_, _, extra) in results.items() for key, value in extra.items()}
+    return terms, metrics
+
+
+def align(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Array, head: LatentHead, kind: str):
+    """The alignment loss of pooled latents over the global batch of one micro-step."""
+    if kind == "infonce":
+        return alignment.infonce(predicted, target, mask, logit_scale=head.logit_scale[...])
+    if kind == "sigmoid":
+        return alignment.sigmoid(
+            predicted, target, mask, logit_scale=head.logit_scale[...], logit_bias=head.logit_bias[...]
+        )
+    return alignment.relational(predicted, target, mask)

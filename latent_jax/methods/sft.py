@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: next-token loss on the assistant's turns only (methods.md section 6).
+
+A record with questions becomes one example whose questions are views of one image: the image is encoded once, each
+question sees the image and itself, and none sees another's answer.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from latent_jax.data.layout import Layout
+from latent_jax.data.prompts import describe
+from latent_jax.fields import option
+from latent_jax.losses import next_token
+from latent_jax.losses.schedule import piecewise
+from latent_jax.models.heads import LatentVLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The one term."""
+
+    next_token_weight: float = option(1.0, "weight of the next-token loss", low=0.0)
+    next_token_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How records become conversations."""
+
+    questions: int = option(6, "most questions about one image in an example", low=1)
+    suffix: str = option("", "what follows each question, such as an instruction to answer in one word")
+
+
+SECTIONS = {"loss": Loss, "chat": Chat}
+
+
+def layout(record: dict, index: int, config, codec) -> Layout:
+    """Questions about the image as views of it, or image -> caption where the record has no questions."""
+    rng = np.random.default_rng((config.seed, index))
+    if not record["questions"]:
+        return describe(record, record["captions"][int(rng.integers(len(record["captions"])))], codec)
+    order = rng.permutation(len(record["questions"]))[: config.chat.questions]
+    pairs = [(record["questions"][i]["question"] + config.chat.suffix, record["questions"][i]["answer"]) for i in order]
+    return codec.render_views([{"type": "image", "image": record["images"][0]}], pairs, key=record["key"])
+
+
+def build_head(model_config, config, rngs) -> None:
+    """Fine-tuning adds nothing to the model."""
+    return None
+
+
+def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+    return {"next_token": config.loss.next_token_weight * piecewise(config.loss.next_token_schedule, fraction)}
+
+
+def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
+    return {"next_token": batch["loss_weights"].sum()}
+
+
+def loss(model: LatentVLM, batch: dict[str, Array], config):
+    """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
+    options = dict(remat=config.model.remat)
+    merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
+    x = model.vlm.embed(batch["tokens"], batch["feature_index"], merged)
+    hidden, _ = model.vlm.decode(x, batch, **options)
+    total, weight, extra = next_token.next_token(
+        hidden.reshape(-1, hidden.shape[-1]), model.vlm.text.head,
+        batch["targets"].reshape(-1), batch["loss_weights"].reshape(-1),
+    )
+    return {"next_token": (total, weight)}, {f"next_token/{key}": value for key, value in extra.items()}

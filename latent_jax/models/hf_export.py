@@ -1,0 +1,268 @@
+"""Writing Hugging Face checkpoints: weights in our layout -> a directory that stock transformers loads.
+
+Tensors are taken from the (sharded) arrays one by one and written as a stream. The directory is built beside its
+destination and renamed into place: a killed export leaves nothing half-written.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from latent_jax.errors import UserError
+from latent_jax.models import hf_io, tensor_files
+from latent_jax.models.hf_io import INDEX_FILE, LATENT_CONFIG, LATENT_WEIGHTS, PIECE_BYTES, SINGLE_FILE, SMALL_FILES
+from latent_jax.models.qwen2_5_vl import hf_names
+from latent_jax.models.qwen2_5_vl.config import Config
+
+MAX_SHARD_BYTES = 5_000_000_000
+# In a workdir: dtype and file of every tensor of the checkpoint that the run started from.
+ORIGIN_FILE = "tensors.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What an export keeps of its source's weights: published name -> dtype, and whether they were one file."""
+
+    dtypes: dict[str, np.dtype]
+    single_file: bool
+
+    @classmethod
+    def of(cls, directory: str | Path) -> "Origin | None":
+        """Read from a workdir's record, or from the weights themselves; None where the directory has neither."""
+        directory = Path(directory)
+        if (directory / ORIGIN_FILE).exists():
+            record = json.loads((directory / ORIGIN_FILE).read_text())
+            return cls({name: jnp.dtype(dtype) for name, dtype in record["dtypes"].items()}, record["single_file"])
+        if not (directory / SINGLE_FILE).exists() and not (directory / INDEX_FILE).exists():
+            return None
+        source = hf_io.Checkpoint.open(directory)
+        dtypes = {name: tensor.dtype for name, tensor in source.tensors.items()}
+        return cls(dtypes, len(set(source.files.values())) == 1)
+
+
+def keep_origin(source: str | Path, destination: str | Path) -> None:
+    """Copies into a workdir what its exports need of the checkpoint it starts from: small files, dtypes, sharding."""
+    source, destination = hf_io.resolve(source), Path(destination).resolve()
+    origin = Origin.of(source)
+    with _staged(destination) as partial:
+        _copy_files(source, partial, SMALL_FILES)
+        if origin:
+            dtypes = {name: str(dtype) for name, dtype in origin.dtypes.items()}
+            _write_json(partial / ORIGIN_FILE, {"single_file": origin.single_file, "dtypes": dtypes})
+
+
+def save(
+    directory: str | Path,
+    params: Mapping[str, jax.Array | np.ndarray | hf_io.FileWeight],
+    config: Config,
+    *,
+    source: str | Path | None = None,
+    dtype: jnp.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    latent: tuple[Mapping[str, np.ndarray], dict] | None = None,
+) -> None:
+    """Writes a checkpoint under published names. With many processes all of them call this; the first one writes.
+
+    Args:
+      directory: where to; replaced whole if it is an earlier export, refused if it holds anything else.
+      params: {our path: weight in our layout}, exactly the paths of `hf_names.shapes(config)`.
+      source: an HF directory, or a workdir's record made by `keep_origin`: its config, tokenizer and processor files
+        are copied along, and its dtypes and its choice of one file or shards are kept.
+      dtype: of every tensor, instead of the source's; config.json then says so. Where neither the source's weights nor
+        its config.json tell a dtype, the arrays' own is kept.
+      max_shard_bytes: the largest shard; without it one file where the source was one, else 5 GB.
+      latent: tensors and config of what HF has no place for, see `save_latent`; without it the source's, if any.
+
+    Raises:
+      UserError: the destination is the source, or holds files that no export writes.
+    """
+    directory = Path(directory).resolve()
+    if params.keys() != hf_names.shapes(config).keys():
+        wrong = sorted(params.keys() ^ hf_names.shapes(config).keys())
+        raise ValueError(f"weights missing, or not of this model: {', '.join(wrong)}")
+    if source and Path(source).resolve() == directory:
+        raise UserError(f"{directory}: the export would replace its own source; expected another directory")
+    check_replaceable(directory)
+    origin = Origin.of(source) if source else None
+    limit = max_shard_bytes or (math.inf if origin and origin.single_file else MAX_SHARD_BYTES)
+    stated = _stated_dtype(Path(source)) if source and not origin else None
+    shards = _shards(_entries(params, config, origin, stated if dtype is None else dtype), limit)
+    if jax.process_index() == 0:
+        with _staged(directory) as partial:
+            _write(partial, shards, Path(source) if source else None, dtype, latent)
+    else:  # takes part in gathering what is sharded over processes
+        for entry in (entry for shard in shards.values() for entry in shard.values()):
+            for _ in entry.pieces():
+                pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"exported {directory}")
+
+
+def check_replaceable(directory: str | Path) -> None:
+    """Raises UserError if the directory holds anything but an earlier export, which `save` would delete."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: a file; expected a directory to write a checkpoint to")
+    known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE}
+    for entry in sorted(directory.iterdir()) if directory.exists() else ():
+        if entry.name not in known and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name):
+            raise UserError(f"{directory}: holds '{entry.name}', which no export writes; expected a new or empty "
+                            "directory, or an earlier export to replace")
+
+
+def save_latent(directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict) -> None:
+    """Writes `latent_head.safetensors` and `latent_config.json` (any JSON) into an existing directory."""
+    entries = {name: tensor_files.Entry.of(np.asarray(tensor)) for name, tensor in tensors.items()}
+    tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)
+    _write_json(Path(directory) / LATENT_CONFIG, config)
+
+
+def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | None:
+    """The inverse of `save_latent`; None where a checkpoint has neither file. UserError where it has only one."""
+    weights, config = Path(directory) / LATENT_WEIGHTS, Path(directory) / LATENT_CONFIG
+    if not weights.exists() and not config.exists():
+        return None
+    tensors = tensor_files.read(weights)
+    try:
+        return tensors, json.loads(config.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{config}: no such file, but {LATENT_WEIGHTS} stands beside it") from None
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{config}: not JSON ({problem})") from None
+
+
+def _write(directory: Path, shards: dict, source: Path | None, dtype: jnp.dtype | None, latent: tuple | None) -> None:
+    if source:
+        _copy_files(source, directory, (*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG))
+    if dtype is not None and (directory / "config.json").exists():
+        _restate_dtype(directory / "config.json", jnp.dtype(dtype))
+    for file, entries in shards.items():
+        tensor_files.write(directory / file, entries)
+    if len(shards) > 1:
+        _write_json(directory / INDEX_FILE, _index(shards))
+    if latent is not None:
+        save_latent(directory, *latent)
+
+
+def _entries(
+    params: Mapping, config: Config, origin: Origin | None, dtype: jnp.dtype | None
+) -> Iterator[tuple[str, tensor_files.Entry]]:
+    for row, layer, name in hf_names.published(config):
+        value = params[row.path]
+        kept = origin.dtypes.get(name, value.dtype) if origin else value.dtype
+        target = jnp.dtype(kept if dtype is None else dtype)
+        pieces = functools.partial(_pieces, value, row, layer, config, target)
+        yield name, tensor_files.Entry(target, row.published_shape(config), pieces)
+
+
+def _pieces(value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings)."""
+    if row.stacked:
+        starts, step = [layer], 1
+    elif row.ours == row.theirs:
+        step = max(1, PIECE_BYTES * value.shape[0] // math.prod(value.shape) // value.dtype.itemsize)
+        starts = range(0, value.shape[0], step)
+    else:
+        starts, step = [0], value.shape[0]
+    for start in starts:
+        rows = _rows(value, start, min(step, value.shape[0] - start)).astype(dtype, copy=False)
+        if row.stacked or row.ours != row.theirs:
+            rows = row.to_published(rows[0] if row.stacked else rows, config)
+        yield rows if rows.flags.c_contiguous else hf_io.copy_in_order(rows)
+
+
+def _rows(value, start: int, count: int) -> np.ndarray:
+    """Rows of the leading axis on the host, whatever the array is sharded over; only they are moved there."""
+    if not isinstance(value, jax.Array):
+        return value[start : start + count]
+    if not value.is_fully_addressable:
+        return multihost_utils.process_allgather(jax.lax.dynamic_slice_in_dim(value, start, count), tiled=True)
+    if len(value.sharding.device_set) == 1:
+        return np.asarray(jax.lax.dynamic_slice_in_dim(value, start, count))
+    out = np.empty((count, *value.shape[1:]), value.dtype)
+    for shard in value.addressable_shards:
+        first, last, _ = shard.index[0].indices(value.shape[0])
+        low, high = max(start, first), min(start + count, last)
+        if low < high and shard.replica_id == 0:
+            part = jax.lax.dynamic_slice_in_dim(shard.data, low - first, high - low)
+            out[(slice(low - start, high - start), *shard.index[1:])] = np.asarray(part)
+    return out
+
+
+def _shards(entries: Iterator[tuple[str, tensor_files.Entry]], limit: float) -> dict[str, dict]:
+    """File name -> its tensors, filled in order up to the limit (a larger tensor has a file of its own)."""
+    shards, used = [{}], 0
+    for name, entry in entries:
+        if shards[-1] and used + entry.nbytes > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = entry
+        used += entry.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _index(shards: dict[str, dict]) -> dict:
+    total = sum(entry.nbytes for shard in shards.values() for entry in shard.values())
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _stated_dtype(source: Path) -> jnp.dtype | None:
+    """The dtype that a config.json without weights states, under its published or its newer key."""
+    config = json.loads((source / "config.json").read_text())
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return jnp.dtype(stated) if stated else None
+
+
+def _restate_dtype(path: Path, dtype: np.dtype) -> None:
+    """transformers loads in the dtype that config.json states, wherever it states one."""
+    config = json.loads(path.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(keys, str(dtype)))
+    for part in (config.get("text_config"), config.get("vision_config")):
+        for key in {"dtype", "torch_dtype"} & (part or {}).keys():
+            part[key] = str(dtype)
+    _write_json(path, config)
+
+
+def _copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A directory beside the given one that takes its place if the block succeeds and is removed if it fails."""
+    partial, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "old"))
+    for left in (partial, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(partial, directory)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)

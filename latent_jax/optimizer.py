@@ -1,0 +1,46 @@
+"""AdamW with a schedule and clipping, over a flat dict of trainable arrays."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+UNDECAYED = ("norm", "norm1", "norm2", "attn_norm", "mlp_norm", "slots", "logit_scale")
+
+
+def schedule(train) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up from 0, then `train.schedule` down to end_factor times the peak."""
+    warmup = round(train.warmup * train.steps)
+    rest = max(train.steps - warmup, 1)
+    peak, end = train.learning_rate, train.learning_rate * train.end_factor
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, train.end_factor),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "constant": optax.constant_schedule(peak),
+    }[train.schedule]
+    # The first update already moves: a warm-up that starts at exactly 0 would waste a step.
+    rise = lambda step: peak * (step + 1) / max(warmup, 1)  # noqa: E731
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def decayed(path: str) -> bool:
+    """Weight decay is for matrices: no norms, biases, slot embeddings or scalars."""
+    name = path.rsplit(".", 1)[-1]
+    return not (name.endswith("bias") or name in UNDECAYED)
+
+
+def make(train, paths) -> optax.GradientTransformation:
+    """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at its own rate."""
+    ratio = train.head_learning_rate / train.learning_rate if train.head_learning_rate and train.learning_rate else 1.0
+    stages = [optax.clip_by_global_norm(train.clip)] if train.clip else []
+    stages += [
+        optax.scale_by_adam(train.beta1, train.beta2, train.epsilon),
+        optax.add_decayed_weights(train.weight_decay, {path: decayed(path) for path in paths}),
+        optax.masked(optax.scale(ratio), {path: path.startswith("head.") for path in paths}),
+        optax.scale_by_learning_rate(schedule(train)),
+    ]
+    return optax.chain(*stages)
+
+
+def global_norm(gradients: dict[str, jax.Array]) -> jax.Array:
+    """Root of the sum of all squares, fp32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients.values()))

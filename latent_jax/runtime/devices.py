@@ -1,0 +1,30 @@
+"""What a process sets up once, before its first computation."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def compile_cache_directory() -> Path | None:
+    """Where compiled programs are kept: $LATENT_JAX_CACHE (empty = nowhere), else ~/.cache/latent_jax/xla."""
+    chosen = os.environ.get("LATENT_JAX_CACHE")
+    if chosen is None:
+        return Path.home() / ".cache" / "latent_jax" / "xla"
+    return Path(chosen).absolute() if chosen else None
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs between processes, so that a resumed run starts where it left off, not with a compile.
+
+    A cache that was chosen for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a directory that cannot be made is done
+    without.
+    """
+    directory = compile_cache_directory()
+    if jax.config.jax_compilation_cache_dir or directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))

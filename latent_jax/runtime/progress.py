@@ -1,0 +1,70 @@
+"""Where a run stands, on standard error: a bar on a terminal, a line now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+# A log file wants to be read afterwards: the first and last step, and in between at most one line in this many seconds.
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Shows step, loss, tokens per second and the time left.
+
+    Args:
+      total: steps of the whole run; first: the step it starts from (restored steps are no work of this process).
+      enabled: False shows nothing (`log.progress`, or a host that is not the primary).
+    """
+
+    def __init__(self, total: int, first: int = 0, enabled: bool = True, stream=None):
+        self._total, self._first, self._enabled = total, first, enabled
+        self._stream = stream or sys.stderr
+        self._started, self._told = time.monotonic(), None
+        terminal = enabled and self._stream.isatty()
+        self._bar = tqdm(total=total, initial=first, file=self._stream, unit="step", dynamic_ncols=True,
+                         smoothing=0.05) if terminal else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Says that `step` steps are finished. Of `values`, `loss/total` and `tokens_per_second` are shown."""
+        if not self._enabled:
+            return
+        shown = _summary(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if self._told is None or step >= self._total or now - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            self.say(f"step {step}/{self._total}  {shown}  left {self._left(step, now)}")
+
+    def say(self, line: str) -> None:
+        """Prints a line without breaking the bar, shown or not."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, step: int, now: float) -> str:
+        done = step - self._first
+        seconds = (now - self._started) / done * (self._total - step) if done > 0 else 0
+        return tqdm.format_interval(seconds)
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    loss, speed = values.get("loss/total"), values.get("tokens_per_second")
+    parts = [] if loss is None else [f"loss {float(loss):.4g}"]
+    return "  ".join(parts + ([] if speed is None else [f"{float(speed):,.0f} tokens/s"]))

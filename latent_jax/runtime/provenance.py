@@ -1,0 +1,37 @@
+"""Where a run's code came from: package versions and the git commit."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+_PACKAGES = ("latent_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that numbers depend on; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit that this package runs from, '+' appended if tracked files were changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    # Installed into an environment that lies in somebody's repository, that repository's commit says nothing about us.
+    if not (root / ".git").exists():
+        return None
+    commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else commit + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        ended = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ended.stdout.strip() if ended.returncode == 0 else None

@@ -1,0 +1,154 @@
+"""What is trained and what is frozen: two flat dicts of arrays, made from a checkpoint or at random."""
+
+import dataclasses
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from latent_jax import optimizer
+from latent_jax.errors import UserError
+from latent_jax.models import hf_export, hf_io
+from latent_jax.models.heads import LatentVLM
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from latent_jax.models.weights import Structure
+from latent_jax.runtime import sharding
+
+Arrays = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and the frozen arrays beside it. Keys are dotted paths (`vlm.text.blocks.q`)."""
+
+    step: jax.Array
+    trainable: Arrays
+    frozen: Arrays
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What one run trains: the model's structure, which paths learn, with which optimiser, and where arrays live."""
+
+    config: object
+    method: types.ModuleType
+    model_config: ModelConfig
+    structure: Structure
+    mesh: Mesh
+    transform: optax.GradientTransformation
+    dtype: jnp.dtype
+
+    @property
+    def trainable(self) -> list[str]:
+        return [path for path in self.structure.variables if learns(path, self.structure, self.config.model.trainable)]
+
+    def sharding(self, path: str) -> NamedSharding:
+        return sharding.weight_sharding(self.structure.axes(path), self.structure.shape(path), self.mesh)
+
+    def abstract(self) -> TrainState:
+        """The state's shapes, dtypes and shardings, for compiling and for restoring."""
+        wanted = {path: self.abstract_array(path) for path in self.structure.variables}
+        trainable = {path: wanted.pop(path) for path in self.trainable}
+        shapes = jax.eval_shape(self.transform.init, trainable)
+        replicated = sharding.replicated(self.mesh)
+        opt_state = optax.tree_map_params(
+            self.transform,
+            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+            shapes,
+            trainable,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return TrainState(step, trainable, wanted, opt_state)
+
+    def abstract_array(self, path: str) -> jax.ShapeDtypeStruct:
+        variable = self.structure.variables[path]
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=self.sharding(path))
+
+    def build(self, trainable: Arrays, frozen: Arrays) -> LatentVLM:
+        """The model, computing in `dtype`; statistics and scalars stay fp32."""
+        arrays = {**trainable, **frozen}
+        cast = {p: a.astype(self.dtype) if a.ndim and self.structure.trained(p) else a for p, a in arrays.items()}
+        return self.structure.build(cast)
+
+
+def learns(path: str, structure: Structure, towers: str) -> bool:
+    """Whether a path is trained: the method's own head always, the language model, the vision tower if asked."""
+    return structure.trained(path) and (towers == "all" or not path.startswith("vlm.vision."))
+
+
+def make_setup(config, method: types.ModuleType, model_config: ModelConfig, mesh: Mesh, dtypes: Arrays) -> Setup:
+    """The run's setup. Trainable weights are fp32 masters; frozen ones keep the checkpoint's dtype (`dtypes` by path).
+
+    Raises UserError where the mesh does not fit the model.
+    """
+    sharding.check_heads(mesh, model_config.text.num_attention_heads)
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    for path, variable in list(structure.variables.items()):
+        if path in dtypes and not learns(path, structure, config.model.trainable):
+            structure.variables[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, dtypes[path]))
+    paths = [path for path in structure.variables if learns(path, structure, config.model.trainable)]
+    compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(config.model.compute_dtype)
+    if compute is None:
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        compute = jnp.float32 if on_cpu else jnp.bfloat16
+    return Setup(config, method, model_config, structure, mesh, optimizer.make(config.train, paths), jnp.dtype(compute))
+
+
+def new_model(config, method: types.ModuleType, model_config: ModelConfig) -> LatentVLM:
+    """The model with random weights, fp32."""
+    rngs = nnx.Rngs(config.seed)
+    vlm = Qwen2_5_VL(model_config, rngs=rngs)
+    return LatentVLM(vlm, method.build_head(model_config, config, rngs))
+
+
+def first_state(setup: Setup, directory: str) -> TrainState:
+    """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
+
+    A latent head that stands beside the checkpoint is taken up if it has this run's shape; otherwise it is an error,
+    since a silently re-initialised head would look like a trained one.
+    """
+    config, structure = setup.config, setup.structure
+    abstract = setup.abstract()
+    shardings = {path: a.sharding for path, a in {**abstract.trainable, **abstract.frozen}.items()}
+    dtypes = {path: a.dtype for path, a in {**abstract.trainable, **abstract.frozen}.items()}
+    loaded: Arrays = {}
+    if config.model.init == "checkpoint":
+        place = {p.removeprefix("vlm."): s for p, s in shardings.items() if p.startswith("vlm.")}
+        types_ = {p.removeprefix("vlm."): d for p, d in dtypes.items() if p.startswith("vlm.")}
+        vlm = hf_io.load(directory, setup.model_config, dtype=types_, shardings=place)
+        loaded = {f"vlm.{path}": array for path, array in vlm.items()} | _saved_head(setup, directory)
+    missing = [path for path in structure.variables if path not in loaded]
+
+    def initialise() -> Arrays:
+        arrays = structure.arrays(new_model(config, setup.method, setup.model_config))
+        return {path: arrays[path].astype(dtypes[path]) for path in missing}
+
+    fresh = jax.jit(initialise, out_shardings={path: shardings[path] for path in missing})()
+    arrays = {**loaded, **fresh}
+    trainable = {path: arrays[path] for path in abstract.trainable}
+    frozen = {path: arrays[path] for path in abstract.frozen}
+    placed = jax.tree.map(lambda a: a.sharding, abstract.opt_state)
+    opt_state = jax.jit(setup.transform.init, out_shardings=placed)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trainable, frozen, opt_state)
+
+
+def _saved_head(setup: Setup, directory: str) -> Arrays:
+    """The latent head beside an HF checkpoint, for a method that has one."""
+    saved = hf_export.load_latent(directory)
+    paths = [path for path in setup.structure.variables if path.startswith("head.")]
+    if saved is None or not paths:
+        return {}
+    tensors, _ = saved
+    for path in paths:
+        tensor = tensors.get(path.removeprefix("head."))
+        if tensor is None or tensor.shape != setup.structure.shape(path):
+            got = "missing" if tensor is None else f"of shape {tensor.shape}"
+            raise UserError(f"{directory}: the latent head's {path.removeprefix('head.')} is {got}, expected shape "
+                            f"{setup.structure.shape(path)}; set config.latent.* to the saved latent_config.json")
+    return {path: jax.device_put(tensors[path.removeprefix("head.")], setup.sharding(path)) for path in paths}

@@ -1,0 +1,197 @@
+"""The facade: a loaded model that takes chat messages and speaks, sees and imagines."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from latent_jax import generate
+from latent_jax.assets import TINY_VL
+from latent_jax.data.chat import Codec
+from latent_jax.data.layout import Example, Image, Layout
+from latent_jax.errors import UserError
+from latent_jax.methods import pretrain
+from latent_jax.models import hf_export, hf_io
+from latent_jax.models.heads import LatentHead, LatentVLM
+from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from latent_jax.models.weights import Structure
+from latent_jax.workdir import Run, is_workdir, place, split
+
+Messages = Sequence[dict[str, Any]]
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class VLM:
+    """A Qwen2.5-VL model with its tokenizer, and its latent head where it has one.
+
+    Messages are in HF chat format; an image part holds a PIL image, a path or bytes; a part
+    {"type": "imagine", "text": ...} stands for the image that the text describes, as the model imagines it.
+    """
+
+    model: LatentVLM
+    codec: Codec
+    latent: pretrain.Latent | None
+    eos: tuple[int, ...]
+    name: str
+
+    @property
+    def config(self) -> Config:
+        return self.model.vlm.config
+
+    def logits(self, messages: Messages) -> np.ndarray:
+        """(tokens, vocabulary) float32 logits after the chat template with the generation prompt."""
+        rows, given = self._prompt([messages])
+        hidden = _hidden(self.model.vlm, rows.batch, given, rows.image_patches)[0, 0, : rows.lengths[0]]
+        return np.asarray(self.model.vlm.logits(hidden))
+
+    def generate(self, conversations: Sequence[Messages], max_new_tokens: int = 32) -> list[str]:
+        """Greedy answers to a batch of conversations, special tokens skipped."""
+        return [self.codec.tokenizer.decode(ids, skip_special_tokens=True)
+                for ids in self.generate_ids(conversations, max_new_tokens)]
+
+    def generate_ids(self, conversations: Sequence[Messages], max_new_tokens: int = 32) -> list[list[int]]:
+        """As `generate`: the new token ids of each conversation, the one that ended it included."""
+        if not conversations:
+            return []
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+        rows, given = self._prompt(conversations)
+        tokens, counts = generate.decode(
+            self.model.vlm, rows.batch, given, rows.lengths, rows.next_position, np.array(self.eos, np.int32),
+            image_patches=rows.image_patches, max_new_tokens=max_new_tokens,
+        )
+        return [list(map(int, row[:count])) for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
+
+    def encode_image(self, image) -> np.ndarray:
+        """(visual tokens, hidden) float32: what the frozen encoder sees, in reading order."""
+        example = self.codec.lay_out(Layout(images=(image,), trunk=(Image(0),)))
+        rows = generate.one_per_row([example], self.config)
+        merged = _encode(self.model.vlm, rows.batch, rows.image_patches)
+        order = example.feature_index[example.feature_index >= 0]
+        return np.asarray(merged[0].astype(jnp.float32))[order]
+
+    def imagine(self, text: str) -> np.ndarray:
+        """(slots, target size) float32: what the latent head predicts from words alone, in the encoder's own space.
+
+        Raises UserError where the checkpoint has no latent head.
+        """
+        return np.asarray(self._imagine([text])[0])
+
+    def _imagine(self, texts: Sequence[str]):
+        if self.model.head is None or self.latent is None:
+            raise UserError(f"{self.name}: has no latent head ({hf_io.LATENT_WEIGHTS}), so it cannot imagine; expected a "
+                            "checkpoint of latent pretraining")
+        for text in texts:
+            if not text.strip():
+                raise UserError("an 'imagine' part holds no text; expected a description")
+        examples = [self.codec.lay_out(pretrain.imagine_layout(text, self.latent)) for text in texts]
+        return predict(self.model, examples, self.latent)
+
+    def _features(self, latents):
+        """Predicted latents (X, S, Z) as input embeddings (X * S', D)."""
+        if self.latent.space == "encoder":
+            latents = pretrain.merge_latents(self.model.vlm, latents, self.latent.grid)
+        return latents.reshape(-1, latents.shape[-1])
+
+    def _prompt(self, conversations: Sequence[Messages]) -> tuple[generate.Rows, jax.Array]:
+        """Rows of the conversations, and what their `imagine` parts stand for."""
+        texts = [part["text"] for messages in conversations for part in parts(messages) if part["type"] == "imagine"]
+        given = self._features(self._imagine(texts)) if texts else jnp.zeros((1, self.config.text.hidden_size))
+        grid = pretrain.imagined_grid(self.latent) if texts else None
+        layouts = [self.codec.render(messages, add_generation_prompt=True, grid=grid) for messages in conversations]
+        return generate.one_per_row([self.codec.lay_out(layout) for layout in layouts], self.config), given
+
+
+def parts(messages: Messages):
+    """The content parts of a conversation, in order; a plain string is one text part."""
+    for message in messages:
+        content = message["content"]
+        yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def predict(model: LatentVLM, examples: Sequence[Example], latent: pretrain.Latent) -> jax.Array:
+    """Latents (X, S, Z) fp32 in the encoder's space, predicted from laid-out captions one a row."""
+    rows = generate.one_per_row(examples, model.vlm.config)
+    T = rows.batch["tokens"].shape[2]
+    at = np.arange(len(examples))[:, None] * T
+    slots = [e.slots if len(e.slots) else np.zeros(latent.grid**2, np.int32) for e in examples]
+    batch = rows.batch | {
+        "latent_index": (np.stack(slots) + at)[None].astype(np.int32),
+        "caption_span": (np.stack([e.caption_span for e in examples]) + at)[None].astype(np.int32),
+    }
+    # Slots are the same for every caption: all rows read the one set.
+    slot = batch["feature_index"] >= 0
+    count = latent.grid**2
+    batch["feature_index"] = np.where(slot, batch["feature_index"] % count, -1).astype(np.int32)
+    return _predict(model, batch, latent.readout)
+
+
+@functools.partial(jax.jit, static_argnames="image_patches")
+def _encode(model: Qwen2_5_VL, batch, image_patches: int):
+    return model.encode(batch, image_patches=image_patches)[0]
+
+
+@functools.partial(jax.jit, static_argnames="image_patches")
+def _hidden(model: Qwen2_5_VL, batch, given, image_patches: int):
+    return model.decode(generate.embed(model, batch, given, image_patches), batch)[0]
+
+
+@functools.partial(jax.jit, static_argnames="readout")
+def _predict(model: LatentVLM, batch, readout: str):
+    x = model.vlm.embed(batch["tokens"], batch["feature_index"], model.head.slots[...][None])
+    hidden, _ = model.vlm.decode(x, batch)
+    return model.head.restore(model.head(pretrain.read(hidden, model.head, batch, readout)))[0]
+
+
+def load(path: str | Path = "", dtype: str | None = None) -> VLM:
+    """Loads an HF directory, a hub id, a workdir (its newest checkpoint), or "" for the embedded model.
+
+    dtype: "float32" or "bfloat16"; None keeps the checkpoint's. Raises UserError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    wanted = DTYPES.get(dtype)
+    if path and is_workdir(path):
+        run = Run.of(path)
+        vlm, head = split(run.arrays())
+        origin, latent = run.origin, run.latent()
+        vlm = place(vlm, wanted)
+    else:
+        origin = hf_io.resolve(path or TINY_VL)
+        vlm = hf_io.load(origin, dtype=wanted)
+        head, latent = hf_export.load_latent(origin) or ({}, None)
+    codec = Codec.from_directory(origin)
+    config = dataclasses.replace(from_json(origin / "config.json"), image_mean=codec.spec.mean, image_std=codec.spec.std)
+    structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
+    section = pretrain.Latent(**latent) if head else None
+    model = LatentVLM(structure.build(vlm), _head(place(head, wanted)) if head else None)
+    return VLM(model, codec, section, eos_ids(origin, codec.tokenizer), str(path or "tiny_vl"))
+
+
+def _head(tensors: dict[str, jax.Array]) -> LatentHead:
+    """A latent head around loaded tensors; its statistics stay fp32."""
+    (slots, hidden), (width, target) = tensors["slots"].shape, tensors["fc2"].shape
+    structure = Structure.of(nnx.eval_shape(lambda: LatentHead(slots, hidden, target, width, rngs=nnx.Rngs(0))))
+    statistics = {p: tensors[p].astype(jnp.float32) for p in structure.variables if not structure.trained(p)}
+    return structure.build({**tensors, **statistics})
+
+
+def eos_ids(directory: Path, tokenizer) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
+    return (tokenizer.eos_token_id,)

@@ -1,0 +1,75 @@
+"""What a training run leaves behind, read back: its config, its model and its latest weights."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from latent_jax import config as schema
+from latent_jax.errors import UserError
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.models.weights import Structure
+from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.state import new_model
+
+CHECKPOINTS, ORIGIN, CONFIG = "checkpoints", "hf_files", "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir's config, model structure and the files of the checkpoint it began with."""
+
+    directory: Path
+    config: object
+    measured: dict
+    model_config: ModelConfig
+    structure: Structure
+
+    @classmethod
+    def of(cls, directory: str | Path) -> "Run":
+        """Raises UserError where the directory is not a workdir."""
+        directory = Path(directory)
+        config, measured = schema.read(directory / CONFIG)
+        method = importlib.import_module(f"latent_jax.methods.{config.method}")
+        model_config = from_json(directory / ORIGIN / "config.json")
+        structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+        return cls(directory, config, measured, model_config, structure)
+
+    @property
+    def origin(self) -> Path:
+        """Small files (config, tokenizer, processor) of the checkpoint that the run started from."""
+        return self.directory / ORIGIN
+
+    def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """The weights of a step, or of the newest, by dotted path, without the optimiser's state."""
+        with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
+            found = {**checkpoints.restore_item(step, "trainable"), **checkpoints.restore_item(step, "frozen")}
+        if missing := self.structure.variables.keys() - found.keys():
+            raise UserError(f"{self.directory}: the checkpoint lacks {sorted(missing)[0]}, which its config asks for")
+        return found
+
+    def latent(self) -> dict | None:
+        """The latent section of the config, which an export keeps beside its head."""
+        section = getattr(self.config, "latent", None)
+        return None if section is None else dataclasses.asdict(section)
+
+
+def is_workdir(directory: str | Path) -> bool:
+    return (Path(directory) / CHECKPOINTS).is_dir()
+
+
+def split(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """(vlm arrays, head arrays), each under its own paths."""
+    vlm = {p.removeprefix("vlm."): a for p, a in arrays.items() if p.startswith("vlm.")}
+    head = {p.removeprefix("head."): a for p, a in arrays.items() if p.startswith("head.")}
+    return vlm, head
+
+
+def place(arrays: dict[str, np.ndarray], dtype: jnp.dtype | None) -> dict[str, jax.Array]:
+    """Arrays on the default device, in `dtype` where it is given."""
+    return {path: jnp.asarray(array, dtype) for path, array in arrays.items()}
