@@ -18,7 +18,6 @@ help:
 
 pretrain: $(STAMP)/run
 	$(RUN) -m latent_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
-	$(RUN) -m latent_jax.convert --checkpoint=runs/pretrain --output=runs/pretrain/hf
 
 tiny_vl: $(STAMP)/run
 	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py --workdir=runs/tiny_vl

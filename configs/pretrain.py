@@ -1,7 +1,7 @@
 """Latent pretraining: captions teach the language model to predict its own vision encoder's latents.
 
-    python -m latent_jax.main --config=configs/pretrain.py
-    python -m latent_jax.main --config=configs/pretrain.py:qwen2_5_vl_7b --workdir=runs/pretrain_7b --config.data.name=coco
+python -m latent_jax.main --config=configs/pretrain.py
+python -m latent_jax.main --config=configs/pretrain.py:qwen2_5_vl_7b --workdir=runs/pretrain_7b --config.data.name=coco
 """
 
 from latent_jax.config import default

@@ -30,12 +30,19 @@ class Model:
     path: str = option("", "HF directory or hub id of the checkpoint; empty = the embedded tiny model")
     init: str = option("checkpoint", "where the weights come from", choices=("checkpoint", "random"))
     preset: str = option("", "a published shape that ships with the package, for planning and random weights")
-    compute_dtype: str = option("auto", "matmul dtype; auto = bfloat16 on an accelerator, float32 on a CPU",
-                                choices=("auto", "float32", "bfloat16"))
-    remat: str = option("auto", "what the backward pass recomputes; auto = as much as memory asks for",
-                        choices=("auto", "none", "full", "dots"))
-    trainable: str = option("language", "which tower learns; the method's own heads always do",
-                            choices=("language", "all"))
+    compute_dtype: str = option(
+        "auto",
+        "matmul dtype; auto = bfloat16 on an accelerator, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    remat: str = option(
+        "auto",
+        "what the backward pass recomputes; auto = as much as memory asks for",
+        choices=("auto", "none", "full", "dots"),
+    )
+    trainable: str = option(
+        "language", "which tower learns; the method's own heads always do", choices=("language", "all")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +55,15 @@ class Data:
     max_pixels: int = option(0, "most pixels of a resized image; 0 = the checkpoint's", low=0)
     threads: int = option(2, "threads that decode and resize images", low=1, resumable=True)
     groups: int = option(0, "groups that a step is packed into; 0 = one for each data shard", low=0)
+    row_tokens: int = option(4096, "longest row that is chosen from a sample of lengths", low=64)
     rows: int = option(0, "rows of a group; 0 = from a sample of lengths", low=0)
     tokens: int = option(0, "tokens of a row; 0 = from a sample of lengths", low=0)
     patches: int = option(0, "patches of a group; 0 = from a sample of lengths", low=0)
     image_patches: int = option(0, "most patches of one image; 0 = from a sample of lengths", low=0)
     sample: int = option(256, "examples measured to choose the sizes above", low=1)
-    max_bad: float = option(0.05, "share of broken records that is skipped before it is an error", low=0, high=1,
-                            resumable=True)
+    max_bad: float = option(
+        0.05, "share of broken records that is skipped before it is an error", low=0, high=1, resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Train:
 class Checkpoint:
     every: int = option(500, "steps between checkpoints; the last step always gets one", low=1, resumable=True)
     keep: int = option(3, "newest checkpoints kept; 0 = all", low=0, resumable=True)
+    export: bool = option(True, "at the end, write the HF checkpoint to WORKDIR/hf", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +101,7 @@ class Mesh:
 class Evaluate:
     every: int = option(0, "steps between evaluations while training; 0 = at the end only", low=0, resumable=True)
     examples: int = option(256, "examples of an evaluation; 0 = the whole split", low=0, resumable=True)
+    split: str = option("validation", "held-out split that a training run is judged on", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,19 +178,26 @@ def override(config: ml_collections.ConfigDict, overrides: Iterable[tuple[str, s
             annotation = fields.annotations(owner)[part]
             section, last = dataclasses.is_dataclass(annotation), depth + 1 == len(parts)
             if section == last:
-                raise UserError(f"{name}: " + (f"is a section; set one of {', '.join(fields.annotations(annotation))}"
-                                               if section else f"'{part}' is a single value"))
+                raise UserError(
+                    f"{name}: "
+                    + (
+                        f"is a section; set one of {', '.join(fields.annotations(annotation))}"
+                        if section
+                        else f"'{part}' is a single value"
+                    )
+                )
             if last:
                 node[part] = fields.parse(name, text, annotation, declared[part].metadata)
             else:
                 owner, node = annotation, node[part]
 
 
-def resolve(config: Mapping) -> Config:
+def resolve(config: Mapping | ml_collections.ConfigDict) -> Config:
     """Checks every key, type, range and combination, and freezes the result.
 
     Returns an instance of `schema(method)`: attribute access, hashable. Raises UserError on the first fault.
     """
+    config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     frozen = _build(schema(_method(config)), config, "config")
     _cross_check(frozen)
     return frozen
@@ -187,8 +205,10 @@ def resolve(config: Mapping) -> Config:
 
 def to_dict(config) -> dict:
     """A resolved config, or a section, as nested plain dicts."""
-    return {field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
-            for field in dataclasses.fields(config)}
+    return {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
+        for field in dataclasses.fields(config)
+    }
 
 
 def leaves(config) -> dict[str, tuple[object, dataclasses.Field, object]]:
@@ -266,8 +286,10 @@ def check_resume(old: Config, new: Config) -> list[str]:
         changes = ", ".join(f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused)
         raise UserError(f"this workdir was begun with another config: {changes}; use the old values or a new --workdir")
     if "train.steps" in differ and new.train.schedule != "constant":
-        return [f"train.steps changes from {old.train.steps} to {new.train.steps}: the {new.train.schedule} schedule is "
-                f"stretched to it, so the learning rate jumps where the run resumes"]
+        return [
+            f"train.steps changes from {old.train.steps} to {new.train.steps}: the {new.train.schedule} schedule is "
+            f"stretched to it, so the learning rate jumps where the run resumes"
+        ]
     return []
 
 
@@ -275,15 +297,15 @@ def _value(found: dict, key: str):
     return found[key][0] if key in found else None
 
 
-def _method(config: Mapping) -> str:
+def _method(config: Mapping | ml_collections.ConfigDict) -> str:
     method = config.get("method", Config.method)
     if not isinstance(method, str):
         raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods())}")
     return method
 
 
-def _build(owner: type, values: Mapping, where: str):
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+def _build(owner: type, values, where: str):
+    if not isinstance(values, Mapping):
         raise UserError(f"{where}: got {values!r}, expected a section with {', '.join(fields.annotations(owner))}")
     declared = {field.name: field for field in dataclasses.fields(owner)}
     for name in values:
@@ -305,11 +327,15 @@ def _cross_check(config: Config) -> None:
     """What no single field can know."""
     train, data, mesh, model = config.train, config.data, config.mesh, config.model
     if train.batch_size % train.accumulate:
-        raise UserError(f"config.train.accumulate: got {train.accumulate}, expected a divisor of "
-                        f"config.train.batch_size = {train.batch_size}")
+        raise UserError(
+            f"config.train.accumulate: got {train.accumulate}, expected a divisor of "
+            f"config.train.batch_size = {train.batch_size}"
+        )
     if data.max_pixels and data.min_pixels > data.max_pixels:
-        raise UserError(f"config.data.min_pixels: got {data.min_pixels}, expected at most "
-                        f"config.data.max_pixels = {data.max_pixels}")
+        raise UserError(
+            f"config.data.min_pixels: got {data.min_pixels}, expected at most "
+            f"config.data.max_pixels = {data.max_pixels}"
+        )
     mixture(data.name)
     sizes = to_dict(mesh)
     for axis, size in sizes.items():
@@ -320,5 +346,7 @@ def _cross_check(config: Config) -> None:
     shapes = sorted(path.stem for path in PRESETS.glob("*.json"))
     fields.check("config.model.preset", model.preset, str, {"choices": ["", *shapes]})
     if model.preset and not model.path and model.init == "checkpoint":
-        raise UserError(f"config.model.preset: {model.preset!r} is a shape without weights; set config.model.path, "
-                        "or config.model.init=random")
+        raise UserError(
+            f"config.model.preset: {model.preset!r} is a shape without weights; set config.model.path, "
+            "or config.model.init=random"
+        )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.workdir import Run, is_workdir, split
+from latent_jax.workdir import CHECKPOINTS, Run, is_workdir, split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
 def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:
     """Writes `output` from whichever of the three that `checkpoint` is. Raises UserError where it is none of them."""
     hf_export.check_replaceable(output)  # before anything large is read
-    path = Path(checkpoint)
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    path = Path(checkpoint).resolve()
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
         if step not in (None, int(path.name)):
-            raise UserError(f"--step={step}: --checkpoint={checkpoint} already names step {path.name}")
+            raise UserError(f"--step={step}: --checkpoint={checkpoint} already names a step")
         export_workdir(path.parent.parent, output, int(path.name), dtype)
     elif is_workdir(path):
         export_workdir(path, output, step, dtype)
@@ -54,7 +54,8 @@ def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> Non
     """A round trip, straight from file to file: no weight is ever held whole."""
     checkpoint = hf_io.Checkpoint.open(source)
     config = from_json(checkpoint.directory / "config.json")
-    hf_export.save(output, checkpoint.weights(config), config, source=checkpoint.directory, dtype=dtype and jnp.dtype(dtype))
+    weights = checkpoint.weights(config)
+    hf_export.save(output, weights, config, source=checkpoint.directory, dtype=dtype and jnp.dtype(dtype))
 
 
 def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: str | None = None) -> None:

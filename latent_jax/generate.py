@@ -40,9 +40,9 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
       config: the model's Config.
     """
     unit, window = config.vision.merge_unit, config.vision.window_patches
-    slices = [count for e in examples for count in np.unique(e.patch_image, return_counts=True)[1]]
+    slices = [int(np.bincount(e.patch_image).max(initial=0)) for e in examples]
     image_patches = _up(max([window, *slices]), window)
-    patches = _up(sum(len(e.patches) for e in examples), np.lcm(PATCH_BUCKET, image_patches))
+    patches = _up(sum(len(e.patches) for e in examples), PATCH_BUCKET)
     T, R = _up(max(len(e.tokens) for e in examples), TOKEN_BUCKET), len(examples)
     channels = max([e.patches.shape[1] for e in examples if len(e.patches)], default=1)
 
@@ -67,12 +67,15 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
             at, images, windows = at + p, images + e.patch_image.max(), windows + e.patch_window.max()
     lengths = np.array([len(e.tokens) for e in examples], np.int32)
     following = np.array([next_position(e) for e in examples], np.int32)
-    return Rows(rows | (group if patches else {}), lengths, following, int(image_patches))
+    return Rows(rows | (group if patches else {}), lengths, following, image_patches)
 
 
 def next_position(example: Example) -> int:
-    """M-RoPE position of the token after the prompt, which ends in text."""
-    return int(example.positions[0, -1]) + 1
+    """M-RoPE position of the token after the prompt: past every axis (HF's rope_deltas).
+
+    That is one past the prompt's last text token, unless a long video's temporal positions reach further.
+    """
+    return int(example.positions.max()) + 1
 
 
 def _frames(example: Example, channels: int) -> np.ndarray:
@@ -82,7 +85,7 @@ def _frames(example: Example, channels: int) -> np.ndarray:
 
 
 def _up(size: int, multiple: int) -> int:
-    return int(-(-size // multiple) * multiple)
+    return -(-size // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("image_patches", "max_new_tokens"))

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from latent_jax import config as schema
 from latent_jax.errors import UserError
@@ -84,25 +84,27 @@ def _parse_flags(parsed: flags.FlagValues, rest: list[str], path: str) -> list[s
     if file and not Path(file).is_file():
         raise UserError(f"--config={path}: no such file: {file}")
     try:
-        return parsed(["latent_jax.main", *rest])[1:]
+        extra = parsed(["latent_jax.main", *rest])[1:]
     except UserError:
         raise
     except flags.UnrecognizedFlagError as problem:
         raise UserError(f"--{problem.flagname}: no such flag; see --help") from None
     except Exception as problem:
-        frames = [frame for frame in _frames(problem) if Path(frame.filename).name == Path(file).name]
-        place = f"{file}:{frames[-1].lineno}" if frames else f"--config={path}"
-        origin = problem.__context__ if isinstance(problem.__context__, Exception) else problem
-        message = str(origin).strip().splitlines() or [""]
-        raise UserError(f"{place}: {type(origin).__name__}: {message[-1]}") from None
+        raise _config_file_error(file, problem) from None
+    if file and not isinstance(parsed.config, ConfigDict):
+        raise UserError(f"{file}: get_config() returned {parsed.config!r}, expected a ConfigDict")
+    return extra
 
 
-def _frames(problem: BaseException) -> list[traceback.FrameSummary]:
-    found = []
-    while problem is not None:
-        found = traceback.extract_tb(problem.__traceback__) + found
+def _config_file_error(file: str, problem: BaseException) -> UserError:
+    """One line for what a config file raised: its place and its own message, without absl's wrapping."""
+    while problem.__context__ and (isinstance(problem, flags.Error) or str(problem).startswith("Error whilst parsing")):
         problem = problem.__context__
-    return found
+    lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == file]
+    if isinstance(problem, SyntaxError):
+        lines, problem = [problem.lineno], SyntaxError(problem.msg)
+    place = f"{file}:{lines[-1]}" if lines else file
+    return UserError(f"{place}: {type(problem).__name__}: {' '.join(str(problem).split())}")
 
 
 def _default_workdir(path: str) -> str:

@@ -107,7 +107,7 @@ class VLM:
         texts = [part["text"] for messages in conversations for part in parts(messages) if part["type"] == "imagine"]
         given = self._features(self._imagine(texts)) if texts else jnp.zeros((1, self.config.text.hidden_size))
         grid = pretrain.imagined_grid(self.latent) if texts else None
-        layouts = [self.codec.render(messages, add_generation_prompt=True, grid=grid) for messages in conversations]
+        layouts = [self.codec.render(messages, add_generation_prompt=True, imagined_grid=grid) for messages in conversations]
         return generate.one_per_row([self.codec.lay_out(layout) for layout in layouts], self.config), given
 
 
@@ -170,7 +170,7 @@ def load(path: str | Path = "", dtype: str | None = None) -> VLM:
         vlm = hf_io.load(origin, dtype=wanted)
         head, latent = hf_export.load_latent(origin) or ({}, None)
     codec = Codec.from_directory(origin)
-    config = dataclasses.replace(from_json(origin / "config.json"), image_mean=codec.spec.mean, image_std=codec.spec.std)
+    config = dataclasses.replace(from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std)
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
     section = pretrain.Latent(**latent) if head else None
     model = LatentVLM(structure.build(vlm), _head(place(head, wanted)) if head else None)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from latent_jax import config as schema
 from latent_jax.errors import UserError
@@ -48,7 +49,9 @@ class Run:
     def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
         """The weights of a step, or of the newest, by dotted path, without the optimiser's state."""
         with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
-            found = {**checkpoints.restore_item(step, "trainable"), **checkpoints.restore_item(step, "frozen")}
+            found = dict(checkpoints.restore_item(step, "trainable"))
+            if any(path not in found for path in self.structure.variables):
+                found |= checkpoints.restore_item(step, "frozen")
         if missing := self.structure.variables.keys() - found.keys():
             raise UserError(f"{self.directory}: the checkpoint lacks {sorted(missing)[0]}, which its config asks for")
         return found
@@ -70,6 +73,6 @@ def split(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
     return vlm, head
 
 
-def place(arrays: dict[str, np.ndarray], dtype: jnp.dtype | None) -> dict[str, jax.Array]:
+def place(arrays: dict[str, np.ndarray], dtype: DTypeLike | None) -> dict[str, jax.Array]:
     """Arrays on the default device, in `dtype` where it is given."""
     return {path: jnp.asarray(array, dtype) for path, array in arrays.items()}

@@ -167,7 +167,7 @@ def open_image(source: Any, name: str = "") -> PIL.Image.Image:
 
 def _decode(file) -> PIL.Image.Image:
     with PIL.Image.open(file) as image:
-        # A palette's transparent colour outlives this conversion as a colour key, which the processor then paints white.
+        # A palette's transparent colour outlives this conversion as a colour key, which HF's processor paints white.
         return _on_white(PIL.ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -283,7 +283,7 @@ def _strips(grid: tuple[int, int], spec: ImageSpec) -> list[tuple[int, int, int,
     return strips
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _window_order(grid: tuple[int, int], spec: ImageSpec) -> tuple[np.ndarray, np.ndarray]:
     """Positions (p, 2) and window ids (p,) from 1 of one slice's patches in window-major, merge-grouped order."""
     rows, columns = np.indices(grid, dtype=np.int32)
@@ -305,3 +305,11 @@ def merged_index(patches: Patches, merge_size: int) -> Int32[np.ndarray, " m"]:
     slice_of = patches.image[::merge_size**2] - 1
     reading = (slice_of * (rows // merge_size) + first[:, 0]) * (columns // merge_size) + first[:, 1]
     return np.argsort(reading).astype(np.int32)
+
+
+def widen(patches: UInt8[np.ndarray, "p c"], channels: int) -> UInt8[np.ndarray, "p channels"]:
+    """Stills (no temporal axis) as patches of a clip whose frames are all alike; HF does this to every still."""
+    if patches.shape[1] == channels:
+        return patches
+    still = patches.reshape(len(patches), 3, 1, -1)
+    return np.broadcast_to(still, (len(patches), 3, channels // patches.shape[1], still.shape[3])).reshape(-1, channels)

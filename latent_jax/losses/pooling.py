@@ -11,7 +11,7 @@ def adaptive_pool(
     image: Int[Array, " E"],
     grid: Int[Array, "E 2"],
     side: int,
-) -> Float[Array, "E side*side D"]:
+) -> Float[Array, "E {side}*{side} D"]:
     """Average the tokens of each example's image into side x side bins, row-major; torch's AdaptiveAvgPool2d rule.
 
     Of n rows, bin i covers floor(i n / side) up to but not with ceil((i + 1) n / side): bins share a row where side
@@ -39,7 +39,7 @@ def adaptive_pool(
 
 def _bins(
     token: Int[Array, " M"], size: Int[Array, " E"], side: int
-) -> tuple[Bool[Array, "E side M"], Int[Array, "E side"]]:
+) -> tuple[Bool[Array, "E {side} M"], Int[Array, "E {side}"]]:
     """Which tokens lie in each bin of a line of `size` cells, and how many cells it has."""
     index = jnp.arange(side)
     start = index * size[:, None] // side

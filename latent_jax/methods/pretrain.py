@@ -43,7 +43,7 @@ class Loss:
     norm_term: float = option(0.0, "cosine, contrastive: weight of the squared difference of norms", low=0.0)
     smooth_l1_beta: float = option(1.0, "smooth_l1 only: where the square turns into the line", low=1e-6)
     temperature: float = option(0.1, "contrastive only: temperature of the InfoNCE among slots", low=1e-4)
-    alignment: str = option("infonce", "how a batch of predictions is matched to its targets", choices=tuple(ALIGNMENTS))
+    alignment: str = option("infonce", "how predictions are matched to a batch's targets", choices=tuple(ALIGNMENTS))
     alignment_weight: float = option(0.1, "weight of the alignment loss", low=0.0)
     alignment_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
 
@@ -64,6 +64,7 @@ class Latent:
 
 SECTIONS = {"loss": Loss, "latent": Latent}
 TERMS = ("next_token", "similarity", "alignment")
+REPORT = "latent_jax.analysis.imagination"
 
 
 # ---------------------------------------------------------------- host half
@@ -112,6 +113,46 @@ def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
 
 def target_size(model_config, space: str) -> int:
     return model_config.text.hidden_size if space == "merged" else model_config.vision.hidden_size
+
+
+def slots(config) -> int:
+    """Latent slots of every example slot of a batch."""
+    return config.latent.grid**2 if config.latent.readout == "slots" else 0
+
+
+def fit_layout(record: dict, index: int, config, codec) -> Layout:
+    """What `fit` measures: every image as a target."""
+    return imagine_layout(record["captions"][0], config.latent, tuple(record["images"][:1]), record["key"])
+
+
+def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
+    """The head's statistics from batches of `fit_layout`, before training starts: {path: value}.
+
+    Mean of every channel of the targets, and their scale: one number, the RMS of all centred channels (keeps which
+    channels are large), or each channel's own standard deviation. Sums run in float64 on the host.
+    """
+
+    @jax.jit
+    def moments(model, batch):
+        merged, before, _ = model.vlm.encode(batch, image_patches=config.data.image_patches)
+        z = targets(model, merged, before, batch, config.latent)
+        valid = jnp.broadcast_to(batch["latent_mask"][..., None], z.shape[:-1])
+        z = jnp.where(valid[..., None], z, 0)
+        return valid.sum(), z.sum((0, 1, 2)), (z * z).sum((0, 1, 2))
+
+    count, total, squares = 0, 0.0, 0.0
+    for batch in batches:
+        for micro in range(len(batch["tokens"])):
+            found = moments(model, {key: value[micro] for key, value in batch.items()})
+            n, s, q = (np.asarray(x, np.float64) for x in found)
+            count, total, squares = count + n, total + s, squares + q
+    if not count:
+        raise UserError("the data holds no image to measure the latent targets' statistics on")
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, 1e-12)
+    if config.latent.scale == "rms":
+        variance = np.full_like(variance, variance.mean())
+    return {"head.mean": mean.astype(np.float32), "head.scale": np.sqrt(variance).astype(np.float32)}
 
 
 def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
@@ -185,11 +226,12 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     G, E, S, Z = predicted.shape
     predicted, target = predicted.reshape(G * E, S, Z), target.reshape(G * E, S, Z)
     mask = batch["latent_mask"].reshape(G * E)
-    D = hidden.shape[-1]
+    T, D = hidden.shape[-2:]
     options = config.loss
     results = {
         "next_token": next_token.next_token(
-            hidden.reshape(-1, D), model.vlm.text.head, batch["targets"].reshape(-1), batch["loss_weights"].reshape(-1)
+            hidden.reshape(-1, T, D), model.vlm.text.head,
+            batch["targets"].reshape(-1, T), batch["loss_weights"].reshape(-1, T),
         ),
         "similarity": similarity.similarity(
             predicted, target, mask, kind=options.similarity, norm_weighted=options.norm_weighted,

@@ -46,6 +46,11 @@ def layout(record: dict, index: int, config, codec) -> Layout:
     return codec.render_views([{"type": "image", "image": record["images"][0]}], pairs, key=record["key"])
 
 
+def slots(config) -> int:
+    """No latent slots."""
+    return 0
+
+
 def build_head(model_config, config, rngs) -> None:
     """Fine-tuning adds nothing to the model."""
     return None
@@ -65,8 +70,9 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
     x = model.vlm.embed(batch["tokens"], batch["feature_index"], merged)
     hidden, _ = model.vlm.decode(x, batch, **options)
+    T, D = hidden.shape[-2:]
     total, weight, extra = next_token.next_token(
-        hidden.reshape(-1, hidden.shape[-1]), model.vlm.text.head,
-        batch["targets"].reshape(-1), batch["loss_weights"].reshape(-1),
+        hidden.reshape(-1, T, D), model.vlm.text.head,
+        batch["targets"].reshape(-1, T), batch["loss_weights"].reshape(-1, T),
     )
     return {"next_token": (total, weight)}, {f"next_token/{key}": value for key, value in extra.items()}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
 from latent_jax.models import hf_io, tensor_files
@@ -69,7 +70,7 @@ def save(
     config: Config,
     *,
     source: str | Path | None = None,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int | None = None,
     latent: tuple[Mapping[str, np.ndarray], dict] | None = None,
 ) -> None:
@@ -143,7 +144,7 @@ def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | N
         raise UserError(f"{config}: not JSON ({problem})") from None
 
 
-def _write(directory: Path, shards: dict, source: Path | None, dtype: jnp.dtype | None, latent: tuple | None) -> None:
+def _write(directory: Path, shards: dict, source: Path | None, dtype: DTypeLike | None, latent: tuple | None) -> None:
     if source:
         _copy_files(source, directory, (*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG))
     if dtype is not None and (directory / "config.json").exists():
@@ -157,7 +158,7 @@ def _write(directory: Path, shards: dict, source: Path | None, dtype: jnp.dtype 
 
 
 def _entries(
-    params: Mapping, config: Config, origin: Origin | None, dtype: jnp.dtype | None
+    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None
 ) -> Iterator[tuple[str, tensor_files.Entry]]:
     for row, layer, name in hf_names.published(config):
         value = params[row.path]
@@ -189,15 +190,18 @@ def _rows(value, start: int, count: int) -> np.ndarray:
         return value[start : start + count]
     if not value.is_fully_addressable:
         return multihost_utils.process_allgather(jax.lax.dynamic_slice_in_dim(value, start, count), tiled=True)
-    if len(value.sharding.device_set) == 1:
-        return np.asarray(jax.lax.dynamic_slice_in_dim(value, start, count))
     out = np.empty((count, *value.shape[1:]), value.dtype)
     for shard in value.addressable_shards:
         first, last, _ = shard.index[0].indices(value.shape[0])
         low, high = max(start, first), min(start + count, last)
-        if low < high and shard.replica_id == 0:
-            part = jax.lax.dynamic_slice_in_dim(shard.data, low - first, high - low)
-            out[(slice(low - start, high - start), *shard.index[1:])] = np.asarray(part)
+        if low >= high or shard.replica_id:
+            continue
+        # A mesh of its own: under the caller's, jax takes no array that lives on one device only.
+        with jax.set_mesh(jax.sharding.Mesh(np.array([shard.device]), ("device",))):
+            part = np.asarray(jax.lax.dynamic_slice_in_dim(shard.data, low - first, high - low))
+        if part.shape == out.shape:
+            return part
+        out[(slice(low - start, high - start), *shard.index[1:])] = part
     return out
 
 
@@ -221,7 +225,7 @@ def _index(shards: dict[str, dict]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _stated_dtype(source: Path) -> jnp.dtype | None:
+def _stated_dtype(source: Path) -> np.dtype | None:
     """The dtype that a config.json without weights states, under its published or its newer key."""
     config = json.loads((source / "config.json").read_text())
     stated = config.get("dtype") or config.get("torch_dtype")

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
 from latent_jax.models import tensor_files
@@ -160,7 +161,7 @@ def load(
     directory: str | Path,
     config: Config | None = None,
     *,
-    dtype: jnp.dtype | Mapping[str, jnp.dtype] | None = None,
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, jax.Array]:
     """Loads a checkpoint as {our path: array in our layout}.
@@ -179,8 +180,11 @@ def load(
 
     def place(path: str) -> jax.Array:
         wanted = dtype.get(path) if isinstance(dtype, Mapping) else dtype
-        return _place(weights[path], jnp.dtype(wanted or weights[path].dtype), (shardings or {}).get(path))
+        kept = weights[path].dtype if wanted is None else jnp.dtype(wanted)
+        return _place(weights[path], kept, (shardings or {}).get(path))
 
+    # Threads overlap reading and copying; besides, the caller's mesh context, under which jax takes no array that lives
+    # on one device only, is not theirs.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(weights, pool.map(place, weights), strict=True))
 
@@ -217,7 +221,7 @@ def _transfer(weight: FileWeight, index: tuple[slice, ...], dtype: np.dtype, dev
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_block(buffer: jax.Array, block: jax.Array, start: list[int]) -> jax.Array:
+def _put_block(buffer: jax.Array, block: jax.Array, start: list) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, block, start)
 
 

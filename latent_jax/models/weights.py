@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class Statistic(nnx.Variable):
@@ -21,7 +22,7 @@ class Declare:
       dtype: their dtype.
     """
 
-    def __init__(self, sizes: dict[str, int], rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, sizes: dict[str, int], rngs: nnx.Rngs, dtype: DTypeLike):
         self.sizes, self.rngs, self.dtype = sizes, rngs, dtype
 
     def shape(self, axes: str) -> tuple[int, ...]:

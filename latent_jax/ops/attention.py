@@ -33,11 +33,15 @@ def block_attention(
     """Attention inside runs of equal ids, each run contiguous and at most `block` long.
 
     A run of at most `block` patches starts and ends in the same or in neighbouring blocks, so that a query's keys all
-    lie in the previous, its own and the next block: exact, without padding any window. P must be a multiple of block.
+    lie in the previous, its own and the next block: exact, without padding any window.
     """
     G, P, N, H = q.shape
     if 3 * block >= P:
         return masked_attention(q, k, v, (ids[:, :, None] == ids[:, None, :])[:, None])
+    if extra := -P % block:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
+        ids = jnp.pad(ids, ((0, 0), (0, extra)), constant_values=-1)
+        return block_attention(q, k, v, ids, block)[:, :P]
     blocks = P // block
 
     def neighbours(x: Array, fill: int) -> Array:

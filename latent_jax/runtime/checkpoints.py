@@ -30,10 +30,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False):
         self.directory, self.every = Path(directory).absolute(), every
-        policy = ocp.checkpoint_managers.LatestN(keep or None)
-        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True, enable_background_delete=True
-        )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            policy = ocp.checkpoint_managers.LatestN(keep or None)
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
@@ -125,16 +126,17 @@ class Checkpoints:
         return path
 
     def _metadata(self, step: int, name: str):
-        with ocp.StandardCheckpointer() as reader:
-            return reader.metadata(self._item(step, name)).item_metadata.tree
+        return ocp.StandardCheckpointHandler().metadata(self._item(step, name)).tree
 
     def _restore(self, step: int, name: str, abstract):
         self._item(step, name)
         stored, wanted = _shapes(self._metadata(step, name)), _shapes(abstract)
         for path in [*wanted, *stored]:
             if stored.get(path) != wanted.get(path):
-                raise UserError(f"{self.directory / str(step)}: {name}{path} is {stored.get(path, 'absent')} in the "
-                                f"checkpoint, expected {wanted.get(path, 'absent')}")
+                raise UserError(
+                    f"{self.directory / str(step)}: {name}{path} is {stored.get(path, 'absent')} in the "
+                    f"checkpoint, expected {wanted.get(path, 'absent')}"
+                )
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[name]
 

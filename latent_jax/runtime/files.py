@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` in one step: a reader, or a kill, sees the old file or the new one and nothing between."""
+    """Writes `text` to `path` in one step: a reader or a kill sees the old file or the new, nothing between."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latent_jax.errors import UserError
+from latent_jax.runtime.events import EventWriter
 
 
 class Metrics:
@@ -20,8 +21,9 @@ class Metrics:
       primary: False on all hosts but one: nothing is touched.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0, every: int = 1, tensorboard: bool = True,
-                 primary: bool = True):
+    def __init__(
+        self, workdir: str | Path, resume_step: int = 0, every: int = 1, tensorboard: bool = True, primary: bool = True
+    ):
         self.every, self._file, self._events = every, None, None
         if not primary:
             return
@@ -32,7 +34,7 @@ class Metrics:
         # Line-buffered: a kill loses nothing of the steps before it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (held open for the run)
         if tensorboard:
-            self._events = _events(workdir, resume_step)
+            self._events = EventWriter(workdir, resume_step + 1 if resume_step else 0)
 
     def __enter__(self):
         return self
@@ -44,7 +46,7 @@ class Metrics:
         """Is a line wanted for `step` (counted from 1)? Ask before fetching numbers from the device."""
         return self._file is not None and step % self.every == 0
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping) -> None:
         """Writes one line, `step` first. Values are numbers or 0-d arrays; what is not finite becomes null."""
         if self._file is None:
             return
@@ -52,8 +54,7 @@ class Metrics:
         # One write call for the whole line: two would let a kill fall between them.
         self._file.write(json.dumps(line) + "\n")
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, float(value), step)
+            self._events.write(step, values)
 
     def close(self) -> None:
         """Flushes and lets go of the files."""
@@ -77,7 +78,9 @@ def truncate(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise UserError(f"{path}:{number}: expected a JSON object with a 'step'; repair or remove the file") from None
+            raise UserError(
+                f"{path}:{number}: expected a JSON object with a 'step'; repair or remove the file"
+            ) from None
         if at <= step and line.endswith(b"\n"):
             kept.append(line)
     if len(kept) == len(lines):
@@ -98,10 +101,3 @@ def read(path: str | Path) -> list[dict]:
 def _plain(value):
     number = value if isinstance(value, (int, str)) else float(value)
     return number if not isinstance(number, float) or math.isfinite(number) else None
-
-
-def _events(workdir: Path, resume_step: int):
-    from tensorboardX import SummaryWriter
-
-    # TensorBoard itself forgets what a restarted run wrote from `purge_step` on.
-    return SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)

@@ -25,7 +25,9 @@ def watch() -> Iterator[Callable[[], bool]]:
         asked.set()
         name = signal.Signals(number).name
         # os.write: a print may be interrupted in the middle of another print, which is an error.
-        os.write(sys.stderr.fileno(), f"\n{name}: saving a checkpoint after this step; again to stop at once\n".encode())
+        os.write(
+            sys.stderr.fileno(), f"\n{name}: saving a checkpoint after this step; again to stop at once\n".encode()
+        )
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

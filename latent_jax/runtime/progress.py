@@ -23,8 +23,11 @@ class Progress:
         self._stream = stream or sys.stderr
         self._started, self._told = time.monotonic(), None
         terminal = enabled and self._stream.isatty()
-        self._bar = tqdm(total=total, initial=first, file=self._stream, unit="step", dynamic_ncols=True,
-                         smoothing=0.05) if terminal else None
+        self._bar = (
+            tqdm(total=total, initial=first, file=self._stream, unit="step", dynamic_ncols=True, smoothing=0.05)
+            if terminal
+            else None
+        )
 
     def __enter__(self):
         return self
@@ -32,7 +35,7 @@ class Progress:
     def __exit__(self, *_):
         self.close()
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
+    def update(self, step: int, values: Mapping) -> None:
         """Says that `step` steps are finished. Of `values`, `loss/total` and `tokens_per_second` are shown."""
         if not self._enabled:
             return
@@ -64,7 +67,7 @@ class Progress:
         return tqdm.format_interval(seconds)
 
 
-def _summary(values: Mapping[str, float]) -> str:
+def _summary(values: Mapping) -> str:
     loss, speed = values.get("loss/total"), values.get("tokens_per_second")
     parts = [] if loss is None else [f"loss {float(loss):.4g}"]
     return "  ".join(parts + ([] if speed is None else [f"{float(speed):,.0f} tokens/s"]))

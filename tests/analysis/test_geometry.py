@@ -123,7 +123,7 @@ def test_collapsed_latents_retrieve_at_chance():
         assert recall["recall@5"] == pytest.approx(recall["chance@5"])
 
 
-def test_retrieval_over_more_than_a_block(monkeypatch):
+def test_retrieval_over_more_than_a_block():
     target = np.random.default_rng(8).normal(size=(1500, 3))
     predicted = target + 0.05 * np.random.default_rng(9).normal(size=target.shape)
     whole = geometry.retrieval_recall(predicted, target)

@@ -15,6 +15,7 @@ LOSSES = {
     ),
     "relational": lambda p, z, m, scale=SCALE, bias=BIAS: relational(p, z, m),
 }
+LOSSES = {name: jax.jit(loss) for name, loss in LOSSES.items()}
 MASK = np.array([1, 1, 0, 1, 0, 1, 1], bool)
 
 
@@ -66,10 +67,10 @@ REFERENCES = {"infonce": reference_infonce, "sigmoid": reference_sigmoid, "relat
 def test_matches_the_equation(name, mask):
     predicted, target = batch()
     with jax.enable_x64(True):
-        total, weight, _ = LOSSES[name](*map(jnp.asarray, (predicted, target, mask)))
+        total, weight, _ = LOSSES[name](predicted, target, mask)
         assert total.dtype == weight.dtype == jnp.float64
+        assert weight == mask.sum()
     np.testing.assert_allclose(total, REFERENCES[name](predicted[mask], target[mask]), rtol=1e-7)
-    assert weight == mask.sum()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -81,13 +82,15 @@ def test_gradients_are_those_of_finite_differences(name):
         def loss(predicted, scalars):
             return LOSSES[name](predicted, jnp.asarray(target), jnp.asarray(MASK), *scalars)[0]
 
-        arguments = jnp.asarray(predicted), jnp.array([SCALE, BIAS])
-        gradients = jax.grad(loss, argnums=(0, 1))(*arguments)
+        arguments = predicted, np.array([SCALE, BIAS])
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arguments)
         for position, gradient in enumerate(gradients):
             for index in np.ndindex(gradient.shape):
+                step = np.zeros(gradient.shape)
+                step[index] = 1e-6
                 up, down = (
-                    loss(*(x.at[index].add(d) if i == position else x for i, x in enumerate(arguments)))
-                    for d in (1e-6, -1e-6)
+                    loss(*(x + sign * step if i == position else x for i, x in enumerate(arguments)))
+                    for sign in (1, -1)
                 )
                 np.testing.assert_allclose(gradient[index], (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
         expected = {"infonce": (True, False), "sigmoid": (True, True), "relational": (False, False)}
@@ -99,6 +102,7 @@ def test_masked_examples_may_hold_anything(name):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
     mask = jnp.asarray(MASK)
 
+    @jax.jit
     def run(fill):
         inputs = (jnp.where(mask[:, None], x, fill) for x in (predicted, target))
         return jax.value_and_grad(
@@ -117,7 +121,7 @@ def test_masked_examples_may_hold_anything(name):
 def test_too_few_examples_are_finite(name, valid):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
     mask = jnp.arange(7) < valid
-    value, gradient = jax.value_and_grad(lambda p: LOSSES[name](p, target, mask)[0])(predicted)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: LOSSES[name](p, target, mask)[0]))(predicted)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
     if valid == 0 or name != "sigmoid":
@@ -128,15 +132,15 @@ def test_too_few_examples_are_finite(name, valid):
 def test_zero_vectors_and_the_target(name):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
     predicted, target = predicted.at[0].set(0), target.at[1].set(0)
-    gradients = jax.grad(lambda p, z: LOSSES[name](p, z, jnp.asarray(MASK))[0], argnums=(0, 1))(predicted, target)
+    loss = lambda p, z: LOSSES[name](p, z, jnp.asarray(MASK))[0]
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(predicted, target)
     assert np.isfinite(gradients[0]).all()
     assert np.abs(gradients[0]).sum() > 0
     assert not gradients[1].any()
 
 
 def test_scale_of_infonce_is_held_at_a_hundred():
-    arrays = [jnp.asarray(x, jnp.float32) for x in (*batch(), MASK)]
-    arrays[2] = jnp.asarray(MASK)
+    arrays = [jnp.asarray(x) for x in (*map(np.float32, batch()), MASK)]
     held, at_limit = (LOSSES["infonce"](*arrays, scale=s)[0] for s in (9.0, np.log(100.0)))
     np.testing.assert_allclose(held, at_limit, rtol=1e-5)
 
@@ -149,7 +153,7 @@ def test_metrics():
     assert 0 < hits < len(p)
     for name in ("infonce", "sigmoid"):
         np.testing.assert_allclose(LOSSES[name](*arrays)[2]["accuracy"], (hits, len(p)))
-    metrics = relational(*arrays)[2]
+    metrics = LOSSES["relational"](*arrays)[2]
     for name, values in (("predicted_cosine", p), ("target_cosine", z)):
         mean = np.mean([cosine(a, b) for i, a in enumerate(values) for j, b in enumerate(values) if i != j])
         np.testing.assert_allclose(metrics[name][0] / metrics[name][1], mean, rtol=1e-4)

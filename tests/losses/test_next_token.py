@@ -6,6 +6,8 @@ import numpy as np
 
 from latent_jax.losses.next_token import next_token
 
+compiled = jax.jit(next_token, static_argnames=("chunk", "capacity"))
+
 
 def batch():
     rng = np.random.default_rng(3)
@@ -28,7 +30,7 @@ def test_matches_the_definition():
     assert correct >= 1
     with jax.enable_x64(True):
         for options in ({}, {"chunk": 3}, {"capacity": 6}):
-            ours = next_token(*map(jnp.asarray, batch()), **options)
+            ours = compiled(*batch(), **options)
             np.testing.assert_allclose(ours[:2], (total, 6.5), rtol=1e-12)
             np.testing.assert_allclose(ours[2]["accuracy"], (correct, 6.5), rtol=1e-12)
 
@@ -36,6 +38,6 @@ def test_matches_the_definition():
 def test_parts_add_up_to_the_whole():
     """What accumulation relies on: sums and weights of two halves are those of the batch."""
     hidden, lm_head, targets, loss_weights = (jnp.asarray(x) for x in batch())
-    whole = next_token(hidden, lm_head, targets, loss_weights)
-    halves = [next_token(hidden[i : i + 1], lm_head, targets[i : i + 1], loss_weights[i : i + 1]) for i in (0, 1)]
+    whole = compiled(hidden, lm_head, targets, loss_weights)
+    halves = [compiled(hidden[i : i + 1], lm_head, targets[i : i + 1], loss_weights[i : i + 1]) for i in (0, 1)]
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-5), whole, *halves)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from latent_jax.losses.pooling import adaptive_pool
 
 torch = pytest.importorskip("torch")
-WIDTH = 3
+WIDTH, TOKENS = 3, 256
+pool = jax.jit(adaptive_pool, static_argnames="side")
 
 
 def visual_tokens(grids, padding, seed, dtype=np.float64):
@@ -31,21 +32,18 @@ def torch_pool(image, side):
     return pooled.permute(1, 2, 0).reshape(side * side, -1).numpy()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
-    side=st.integers(1, 7),
-    padding=st.integers(0, 5),
+    grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=3, max_size=3),
+    side=st.sampled_from([1, 2, 3, 5, 7]),
     seed=st.integers(0, 99),
 )
-def test_matches_torch_on_any_grid(grids, side, padding, seed):
-    images, features, token_image, places = visual_tokens(grids, padding, seed)
-    wanted = [len(grids), 0, *range(1, len(grids) + 1)]  # an image twice, none, and each
+def test_matches_torch_on_any_grid(grids, side, seed):
+    images, features, token_image, places = visual_tokens(grids, TOKENS - sum(r * c for r, c in grids), seed)
+    wanted = [3, 0, 1, 2, 3]  # one image twice, none, and in an order of their own
     grid = np.array([grids[i - 1] if i else (0, 0) for i in wanted], np.int32)
     with jax.enable_x64(True):
-        pooled = adaptive_pool(
-            *map(jnp.asarray, (features, token_image, places)), jnp.asarray(wanted, jnp.int32), jnp.asarray(grid), side
-        )
+        pooled = pool(features, token_image, places, np.array(wanted, np.int32), grid, side=side)
         assert pooled.dtype == jnp.float64
     for e, i in enumerate(wanted):
         reference = torch_pool(images[i - 1], side) if i else np.zeros((side * side, WIDTH))
@@ -54,9 +52,7 @@ def test_matches_torch_on_any_grid(grids, side, padding, seed):
 
 def test_global_mean_drops_no_token():
     images, features, token_image, places = visual_tokens([(5, 7)], 2, 0)
-    pooled = adaptive_pool(
-        *map(jnp.asarray, (features.astype(np.float32), token_image, places)), jnp.array([1]), jnp.array([[5, 7]]), 1
-    )
+    pooled = pool(features.astype(np.float32), token_image, places, np.array([1]), np.array([[5, 7]]), side=1)
     np.testing.assert_allclose(pooled[0, 0], images[0].mean(axis=(0, 1)), rtol=1e-5)
 
 
@@ -64,20 +60,22 @@ def test_padding_has_no_gradient_and_groups_can_be_vmapped():
     groups = [visual_tokens([(3, 4), (2, 5)], 4, seed) for seed in (0, 1)]
     stacked = [jnp.asarray(np.stack([g[i] for g in groups])) for i in (1, 2, 3)]
     image, grid = jnp.array([[2, 1], [1, 0]]), jnp.array([[[2, 5], [3, 4]], [[3, 4], [0, 0]]])
-    pool = jax.vmap(lambda *a: adaptive_pool(*a, 2))
-    pooled = pool(stacked[0].astype(jnp.float32), *stacked[1:], image, grid)
+    pool_groups = jax.jit(jax.vmap(lambda *a: adaptive_pool(*a, 2)))
+    pooled = pool_groups(stacked[0].astype(jnp.float32), *stacked[1:], image, grid)
     np.testing.assert_allclose(pooled[0, 0], torch_pool(groups[0][0][1], 2), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(pooled[1, 0], torch_pool(groups[1][0][0], 2), rtol=1e-4, atol=1e-6)
     assert not pooled[1, 1].any()
-    gradient = jax.grad(lambda f: (pool(f, *stacked[1:], image, grid) ** 2).sum())(stacked[0].astype(jnp.float32))
+    gradient = jax.jit(jax.grad(lambda f: (pool_groups(f, *stacked[1:], image, grid) ** 2).sum()))(
+        stacked[0].astype(jnp.float32)
+    )
     assert np.isfinite(gradient).all()
     assert not gradient[stacked[1] == 0].any()
 
 
 def test_bfloat16_features_are_averaged_in_float32():
-    """256 + 1 is 256 in bfloat16: a mean accumulated in it would be off by a third."""
-    features = jnp.array([[256.0], [1.0], [1.0]], jnp.bfloat16)
-    places = jnp.array([[0, 0], [0, 1], [0, 2]])
-    pooled = adaptive_pool(features, jnp.ones(3, jnp.int32), places, jnp.array([1]), jnp.array([[1, 3]]), 1)
+    """256 + 1 + 1 + 1 is 256 when added up in bfloat16, and 259 has no bfloat16."""
+    features = jnp.array([[256.0], [1.0], [1.0], [1.0]], jnp.bfloat16)
+    places = jnp.array([[0, 0], [0, 1], [0, 2], [0, 3]])
+    pooled = pool(features, jnp.ones(4, jnp.int32), places, jnp.array([1]), jnp.array([[1, 4]]), side=1)
     assert pooled.dtype == jnp.float32
-    np.testing.assert_allclose(pooled[0, 0, 0], 258 / 3, rtol=1e-6)
+    np.testing.assert_allclose(pooled[0, 0, 0], 259 / 4, rtol=1e-6)

@@ -19,6 +19,9 @@ OPTIONS = [
 NAMES = ["cosine", "cosine-norms", "l2", "smooth_l1", "contrastive", "contrastive-norms"]
 
 
+compiled = jax.jit(similarity, static_argnames=("kind", "norm_weighted", "norm_term", "beta", "temperature"))
+
+
 def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
@@ -62,7 +65,7 @@ def masks():
 def test_matches_the_equation(options, mask):
     predicted, target = batch()
     with jax.enable_x64(True):
-        total, weight, _ = similarity(jnp.asarray(predicted), jnp.asarray(target), jnp.asarray(mask), **options)
+        total, weight, _ = compiled(predicted, target, mask, **options)
         assert total.dtype == weight.dtype == jnp.float64
     # The norms' epsilon, 1e-4, is what is left.
     np.testing.assert_allclose((total, weight), reference(predicted, target, mask, **options), rtol=1e-7)
@@ -74,11 +77,11 @@ def test_gradient_is_that_of_finite_differences(options):
     mask = masks()["slot"]
     with jax.enable_x64(True):
         loss = jax.jit(lambda p: similarity(p, jnp.asarray(target), jnp.asarray(mask), **options)[0])
-        gradient = jax.grad(loss)(jnp.asarray(predicted))
+        gradient = jax.jit(jax.grad(loss))(predicted)
         for index in np.ndindex(predicted.shape):
             step = np.zeros_like(predicted)
             step[index] = 1e-6
-            difference = (loss(jnp.asarray(predicted + step)) - loss(jnp.asarray(predicted - step))) / 2e-6
+            difference = (loss(predicted + step) - loss(predicted - step)) / 2e-6
             np.testing.assert_allclose(gradient[index], difference, rtol=1e-6, atol=1e-8)
 
 
@@ -87,6 +90,7 @@ def test_masked_slots_may_hold_anything(options):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
     mask = jnp.asarray(masks()["slot"])
 
+    @jax.jit
     def run(fill):
         inputs = (jnp.where(mask[..., None], x, fill) for x in (predicted, target))
         return jax.value_and_grad(
@@ -104,7 +108,8 @@ def test_masked_slots_may_hold_anything(options):
 def test_zero_vectors_have_finite_losses_and_bounded_gradients(options):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
     predicted, target = predicted.at[0].set(0), target.at[1, 0].set(0).at[0, 0].set(0)
-    value, gradient = jax.value_and_grad(lambda p: similarity(p, target, jnp.ones(4, bool), **options)[0])(predicted)
+    loss = lambda p: similarity(p, target, jnp.ones(4, bool), **options)[0]
+    value, gradient = jax.jit(jax.value_and_grad(loss))(predicted)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() < 1e6
@@ -113,7 +118,8 @@ def test_zero_vectors_have_finite_losses_and_bounded_gradients(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 def test_nothing_valid_is_zero(options):
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
-    value, gradient = jax.value_and_grad(lambda p: similarity(p, target, jnp.zeros(4, bool), **options)[0])(predicted)
+    loss = lambda p: similarity(p, target, jnp.zeros(4, bool), **options)[0]
+    value, gradient = jax.jit(jax.value_and_grad(loss))(predicted)
     assert value == 0
     assert not gradient.any()
 
@@ -123,22 +129,21 @@ def test_squared_error_is_the_cosine_loss_with_norm_weight_and_norm_term():
     predicted, target = batch()
     predicted *= np.linalg.norm(target, axis=-1, keepdims=True) / np.linalg.norm(predicted, axis=-1, keepdims=True)
     arrays = [jnp.asarray(x, jnp.float32) for x in (predicted, target)]
-    l2 = similarity(*arrays, jnp.ones(4, bool), kind="l2")[0]
-    weighted = similarity(*arrays, jnp.ones(4, bool), kind="cosine", norm_weighted=True, norm_term=1.0)[0]
+    l2 = compiled(*arrays, jnp.ones(4, bool), kind="l2")[0]
+    weighted = compiled(*arrays, jnp.ones(4, bool), kind="cosine", norm_weighted=True, norm_term=1.0)[0]
     np.testing.assert_allclose(l2, 2 * weighted, rtol=1e-5)
 
 
 def test_no_gradient_flows_to_the_target():
     predicted, target = (jnp.asarray(x, jnp.float32) for x in batch())
-    for options in OPTIONS:
-        gradient = jax.grad(lambda z, o=options: similarity(predicted, z, jnp.ones(4, bool), **o)[0])(target)
-        assert not gradient.any()
+    total = lambda z: sum(similarity(predicted, z, jnp.ones(4, bool), **options)[0] for options in OPTIONS)
+    assert not jax.jit(jax.grad(total))(target).any()
 
 
 def test_metrics():
     predicted, target = batch()
     mask = masks()["slot"]
-    metrics = similarity(*(jnp.asarray(x, jnp.float32) for x in batch()), jnp.asarray(mask), kind="contrastive")[2]
+    metrics = compiled(*(jnp.asarray(x, jnp.float32) for x in batch()), jnp.asarray(mask), kind="contrastive")[2]
     slots = list(zip(*np.nonzero(mask)))
     cosines = [cosine(predicted[s], target[s]) for s in slots]
     np.testing.assert_allclose(metrics["cosine"], (sum(cosines), len(slots)), rtol=1e-5)
@@ -152,7 +157,7 @@ def test_metrics():
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_computed_in_float32(kind):
     predicted, target = (jnp.asarray(x, jnp.bfloat16) for x in batch())
-    total, weight, metrics = similarity(predicted, target, jnp.ones(4, bool), kind=kind)
+    total, weight, metrics = compiled(predicted, target, jnp.ones(4, bool), kind=kind)
     assert {x.dtype for x in jax.tree.leaves((total, weight, metrics))} == {jnp.dtype(jnp.float32)}
     exact = [np.asarray(x, np.float64) for x in (predicted, target)]
     np.testing.assert_allclose(total, reference(*exact, np.ones(4, bool), kind)[0], rtol=1e-5)

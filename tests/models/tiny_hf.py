@@ -1,4 +1,4 @@
-"""Tiny random HF checkpoints, made by stock transformers, and their tensors read by the reference safetensors package."""
+"""Tiny random HF checkpoints made by stock transformers, and their tensors read by the safetensors package."""
 
 import json
 from pathlib import Path

@@ -33,17 +33,26 @@ def batch(tokens, vocabulary=11, hidden=5, seed=0):
     )
 
 
-@settings(max_examples=15, deadline=None)
-@given(tokens=st.integers(1, 13), chunk=st.integers(1, 14), seed=st.integers(0, 100))
+compiled = jax.jit(chunked_cross_entropy, static_argnames=("chunk", "capacity"))
+
+
+@settings(max_examples=12, deadline=None)
+@given(tokens=st.sampled_from([1, 7, 12]), chunk=st.sampled_from([1, 4, 5, 12]), seed=st.integers(0, 100))
 def test_any_number_of_tokens_and_any_chunk_gives_the_reference(tokens, chunk, seed):
     arrays = batch(tokens, seed=seed)
     with jax.enable_x64(True):
-        ours = chunked_cross_entropy(*map(jnp.asarray, arrays), chunk=chunk)
+        ours = compiled(*map(jnp.asarray, arrays), chunk=chunk)
         assert all(x.dtype == jnp.float64 for x in ours)
     np.testing.assert_allclose(ours, reference(*arrays), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [None, 3, 4])  # one chunk, equal chunks with padding, without
+def nudged(x, index, by):
+    x = x.copy()
+    x[index] += by
+    return x
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 5])  # one chunk, equal chunks with padding, without
 @pytest.mark.parametrize("capacity", [None, 9])
 def test_gradients_are_those_of_finite_differences(chunk, capacity):
     hidden, weight, targets, loss_weights = batch(12)
@@ -53,20 +62,20 @@ def test_gradients_are_those_of_finite_differences(chunk, capacity):
     def ratio(hidden, weight, loss_weights):
         """Not a bare sum: the cotangent is not 1, and the weights act through all three results."""
         total, count, correct = chunked_cross_entropy(
-            hidden, weight, targets, loss_weights, chunk=chunk, capacity=capacity
+            hidden, weight, jnp.asarray(targets), loss_weights, chunk=chunk, capacity=capacity
         )
         return (total + 0.3 * correct) / count
 
     with jax.enable_x64(True):
-        arguments = [jnp.asarray(x) for x in (hidden, weight, loss_weights)]
+        arguments = hidden, weight, loss_weights
         gradients = jax.jit(jax.grad(ratio, argnums=(0, 1, 2)))(*arguments)
-        compiled = jax.jit(ratio)
+        value = jax.jit(ratio)
         for position, gradient in enumerate(gradients):
             for index in np.ndindex(gradient.shape):
                 if position == 2 and not used[index]:
                     continue  # a weight of 0 means "not looked at"
                 up, down = (
-                    compiled(*(x.at[index].add(d) if i == position else x for i, x in enumerate(arguments)))
+                    value(*(nudged(x, index, d) if i == position else x for i, x in enumerate(arguments)))
                     for d in (1e-6, -1e-6)
                 )
                 np.testing.assert_allclose(gradient[index], (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
@@ -78,6 +87,7 @@ def test_unsupervised_positions_may_hold_anything(capacity):
     unused = np.flatnonzero(loss_weights == 0)
     assert 2 <= len(unused) <= 8
 
+    @jax.jit
     def run(hidden, targets):
         def total(hidden, weight):
             sums = chunked_cross_entropy(hidden, weight, targets, loss_weights, chunk=4, capacity=capacity)
@@ -93,27 +103,27 @@ def test_unsupervised_positions_may_hold_anything(capacity):
 
 def test_capacity_too_small_is_not_silent():
     arrays = [jnp.asarray(x) for x in batch(10)]
-    assert np.isnan(chunked_cross_entropy(*arrays, capacity=2)[0])
+    assert np.isnan(compiled(*arrays, capacity=2)[0])
 
 
 def test_nothing_supervised_is_zero():
     hidden, weight, targets, loss_weights = (jnp.asarray(x) for x in batch(4))
-    gradient = jax.grad(lambda h: chunked_cross_entropy(h, weight, targets, 0 * loss_weights)[0])(hidden)
-    assert [float(x) for x in chunked_cross_entropy(hidden, weight, targets, 0 * loss_weights)] == [0, 0, 0]
+    gradient = jax.grad(lambda h: compiled(h, weight, targets, 0 * loss_weights)[0])(hidden)
+    assert [float(x) for x in compiled(hidden, weight, targets, 0 * loss_weights)] == [0, 0, 0]
     assert not gradient.any()
 
 
 def test_ties_are_broken_as_argmax_breaks_them():
     hidden, weight = jnp.ones((3, 2)), jnp.zeros((4, 2)).at[3].set(-1)
-    correct = chunked_cross_entropy(hidden, weight, jnp.array([0, 1, 3], jnp.int32), jnp.ones(3))[2]
+    correct = compiled(hidden, weight, jnp.array([0, 1, 3], jnp.int32), jnp.ones(3))[2]
     assert correct == 1  # logits 0 0 0 -2: only the first is the argmax
 
 
 def test_huge_logits_stay_finite():
     hidden, weight = jnp.full((1, 1), 1e4), jnp.array([[1.0], [-1.0]])
-    total, gradient = jax.value_and_grad(
-        lambda h: chunked_cross_entropy(h, weight, jnp.array([1], jnp.int32), jnp.ones(1))[0]
-    )(hidden)
+    total, gradient = jax.value_and_grad(lambda h: compiled(h, weight, jnp.array([1], jnp.int32), jnp.ones(1))[0])(
+        hidden
+    )
     np.testing.assert_allclose([total, gradient[0, 0]], [2e4, 2.0])
 
 
@@ -122,17 +132,17 @@ def test_bfloat16_inputs_float32_sums():
     hidden, weight = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, weight))
 
     def total(hidden, weight):
-        sums = chunked_cross_entropy(hidden, weight, targets, jnp.asarray(loss_weights, jnp.float32), chunk=16)
+        sums = chunked_cross_entropy(hidden, weight, jnp.asarray(targets), jnp.asarray(loss_weights), chunk=16)
         return sums[0], sums
 
-    (gradients, sums) = jax.grad(total, argnums=(0, 1), has_aux=True)(hidden, weight)
+    gradients, sums = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, weight)
     assert {x.dtype for x in sums} == {jnp.dtype(jnp.float32)}
     assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
     exact = [np.asarray(x, np.float64) for x in (hidden, weight)]
     np.testing.assert_allclose(sums, reference(*exact, targets, loss_weights), rtol=1e-5)
     with jax.enable_x64(True):
-        wanted = jax.grad(total, argnums=(0, 1), has_aux=True)(*map(jnp.asarray, exact))[0]
-    for ours, theirs in zip(gradients, wanted):
+        wanted = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(*exact)[0]
+    for ours, theirs in zip(gradients, map(np.asarray, wanted)):
         assert np.abs(np.asarray(ours, np.float64) - theirs).max() < 0.01 * np.abs(theirs).max()
 
 
@@ -154,8 +164,8 @@ def test_gradient_of_a_frozen_weight_is_not_computed():
     """LoRA freezes the head: its gradient's matmul must vanish, though the forward pass is where it stands."""
     hidden, weight, targets, loss_weights = (jnp.asarray(x) for x in batch(16))
 
-    def flops(argnums):
+    def matmuls(argnums):
         function = jax.grad(lambda h, w: chunked_cross_entropy(h, w, targets, loss_weights, chunk=4)[0], argnums)
         return jax.jit(function).lower(hidden, weight).compile().as_text().count(" dot(")
 
-    assert flops(0) < flops((0, 1))
+    assert (matmuls(0), matmuls((0, 1))) == (2, 3)

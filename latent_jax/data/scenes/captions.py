@@ -30,7 +30,7 @@ def _look(thing):
 def _place(scene, thing):
     if scene.placement == "grid":
         return f"{scene.row(thing)} {scene.column(thing)}"
-    return f"at {thing.x} {thing.y}"
+    return f"x{thing.x} y{thing.y}"
 
 
 def _things(scene, rng):

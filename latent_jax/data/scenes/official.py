@@ -1,4 +1,4 @@
-"""Scenes as records of the official forms: COCO captions, GQA questions and GQA scene graphs (docs: GQA download page)."""
+"""Scenes as records of the official forms: COCO captions, GQA questions and GQA scene graphs."""
 
 from latent_jax.data.scenes.captions import OPPOSITE
 from latent_jax.data.scenes.questions import Draft

@@ -155,10 +155,10 @@ def _nearest(scene, rng, pool):
         for attribute, choices in (("color", COLORS), ("shape", SHAPES)):
             value = getattr(scene.things[j], attribute)
             where = f"the nearest object {RELATION[side]} the {name(thing)}"
-            yield Draft("nearest", f"What {attribute} is {where}?", value,
-                        f"{where.capitalize()} is {value}." if attribute == "color" else
-                        f"{where.capitalize()} is a {value}.", choices, "query", "rel",
-                        (*_select(thing), (f"relate {side} nearest", "object"), ("query", attribute)), (i, j), attribute)
+            full = f"{where.capitalize()} is {value if attribute == 'color' else f'a {value}'}."
+            yield Draft("nearest", f"What {attribute} is {where}?", value, full, choices, "query", "rel",
+                        (*_select(thing), (f"relate {side} nearest", "object"), ("query", attribute)), (i, j),
+                        attribute)
 
 
 def _distance(scene, thing, other):

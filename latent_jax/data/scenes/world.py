@@ -1,8 +1,9 @@
 """The world of `scenes`: what there is, where it may stand, and which scene belongs to which split.
 
 A scene is a few things on a plain floor of 112 x 112 pixels. No two things of a scene share colour *and* shape, so "the
-red ball" always names one thing. Placement `grid` puts every thing in the middle of a 28-pixel cell, which is one merged
-visual token of Qwen2.5-VL (patch 14, merge 2). Placement `free` uses a 10 x 10 lattice that knows nothing of the cells.
+red ball" always names one thing. Placement `grid` puts every thing in the middle of a 28-pixel cell, which is one
+merged visual token of Qwen2.5-VL (patch 14, merge 2). Placement `free` uses a 10 x 10 lattice that knows nothing of
+the cells.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ COMBINATIONS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 HELD_OUT = frozenset({("purple", "ball"), ("green", "cube"), ("blue", "cone"), ("red", "star")})
 
 # Splits are disjoint by what a scene holds, not by its index: any seed, any sizes, never a test scene in training.
-_BUCKETS = {"train": range(0, 12), "validation": range(12, 14), "test": range(14, 16)}
+_BUCKETS = {"train": range(12), "validation": range(12, 14), "test": range(14, 16)}
 _FREE_GAP = 3
 _CENTERS = {
     "grid": range(CELL // 2, IMAGE_SIZE, CELL),
@@ -77,7 +78,7 @@ def allowed(split: str) -> tuple[tuple[str, str], ...]:
 
 
 def sample(rng: random.Random, split: str, *, placement: str, objects: tuple[int, int], striped: float) -> Scene:
-    """Draws a scene of `split`: `objects` is the inclusive range of their number, `striped` the share of striped ones."""
+    """Draws a scene of `split`: with least and most `objects`, of which the share `striped` is striped."""
     while True:
         count = rng.randint(*objects)
         combinations = _combinations(rng, allowed(split), count)

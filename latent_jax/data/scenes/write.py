@@ -14,7 +14,7 @@ from latent_jax.data.scenes.world import PLACEMENTS, SPLITS, sample
 from latent_jax.errors import UserError
 
 VERSION = "1.0.0"
-SIZES = {"train": 6000, "validation": 500, "test": 500, "compositional": 500}
+SIZES = {"train": 6000, "validation": 500, "test": 250, "compositional": 250}
 _MOST = 1_000_000
 
 
@@ -22,8 +22,9 @@ def write(directory: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, in
           objects: tuple[int, int] = (2, 4), striped: float = 0.0) -> None:
     """Writes `directory`/coco and `directory`/gqa; the same arguments give the same bytes.
 
-    coco/annotations/captions_SPLIT.json with coco/SPLIT/000000000001.png, and gqa/questions/SPLIT_balanced_questions.json,
-    gqa/sceneGraphs/SPLIT_sceneGraphs.json with gqa/images/1.png (hard links). A COCO image id is int(GQA imageId).
+    coco/annotations/captions_SPLIT.json with coco/SPLIT/000000000001.png, and
+    gqa/questions/SPLIT_balanced_questions.json, gqa/sceneGraphs/SPLIT_sceneGraphs.json with gqa/images/1.png (hard
+    links). A COCO image id is int(GQA imageId).
     A split's scenes do not depend on the other splits' sizes. `objects`: least and most things of a scene;
     `striped`: share of things that are striped (0 leaves materials out of the world).
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from latent_jax.models.qwen2_5_vl.config import Config
@@ -18,7 +19,7 @@ class Qwen2_5_VL(nnx.Module):
       dtype: of the weights; a loaded checkpoint replaces them.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.vision = VisionTower(config.vision, rngs, dtype)
         self.text = TextDecoder(config.text, rngs, dtype)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.models.qwen2_5_vl.config import TextConfig
@@ -25,7 +26,7 @@ class Cache(NamedTuple):
 class TextBlock(nnx.Module):
     """One decoder layer (HF Qwen2_5_VLDecoderLayer); its weights carry a leading L and are sliced by the scan."""
 
-    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         self.eps = config.rms_norm_eps
         sizes = dict(L=config.num_hidden_layers, D=config.hidden_size, F=config.intermediate_size)
         sizes |= dict(N=config.num_attention_heads, K=config.num_key_value_heads, H=config.head_size)
@@ -65,7 +66,7 @@ class TextBlock(nnx.Module):
 class TextDecoder(nnx.Module):
     """Embeddings to final hidden states (after the last RMSNorm), packed or cached."""
 
-    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         declare = Declare(dict(V=config.vocab_size, D=config.hidden_size), rngs, dtype)
         # Tied tables are also the output layer: unit-variance rows would start with logits of size sqrt(D).

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from latent_jax.models.qwen2_5_vl.config import VisionConfig
@@ -18,7 +19,7 @@ EPS = 1e-6
 class VisionBlock(nnx.Module):
     """One block (HF Qwen2_5_VLVisionBlock); its weights carry a leading L and are sliced by the scan."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         sizes = dict(L=config.depth, D=config.hidden_size, N=config.num_heads, H=config.head_size)
         declare = Declare(sizes | dict(F=config.intermediate_size), rngs, dtype)
         depth = (2 * config.depth) ** -0.5
@@ -55,7 +56,7 @@ class VisionBlock(nnx.Module):
 class Merger(nnx.Module):
     """merge^2 neighbouring patches to one token of the language model's width (HF Qwen2_5_VLPatchMerger)."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         sizes = dict(D=config.hidden_size, C=config.hidden_size * config.merge_unit, O=config.out_hidden_size)
         declare = Declare(sizes, rngs, dtype)
         self.norm = declare.constant("D", 1.0)
@@ -74,7 +75,7 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches in window-major order to merged tokens in the same order; nothing is sorted on the device."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         channels = config.in_channels * config.patch_size**2
         sizes = dict(t=config.temporal_patch_size, c=channels, D=config.hidden_size)

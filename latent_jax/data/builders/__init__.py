@@ -1,0 +1,1 @@
+"""TFDS builders: official on-disk forms to ArrayRecord files."""

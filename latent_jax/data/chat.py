@@ -1,0 +1,361 @@
+"""Chat messages to layouts, and layouts to arrays: the host side's one place that knows a tokenizer.
+
+Token ids equal those of HF's Qwen2_5_VLProcessor (chat template, then `<|image_pad|>` repeated per merged token).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_jax.data import images as pixels
+from latent_jax.data.images import ImageSpec, Patches
+from latent_jax.data.layout import BOUNDARIES, Example, Image, Imagined, Layout, Part, Slots, Text, Video, share_trunk
+from latent_jax.data.positions import Grid, mrope
+from latent_jax.errors import UserError
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|(?:image|video)_pad\|>)<\|vision_end\|>")
+_SLOT, _GIVEN = -2, -3  # marks in feature indices until the whole example's slots and features are counted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+    """A checkpoint's tokenizer and image preprocessing, with the ids that tie them together. Safe to share by threads.
+
+    `tokenizer` is a fast HF tokenizer with Qwen's special tokens and a chat template; `tokens_per_second` is
+    vision_config's (temporal positions per second of video). Raises UserError naming a missing special token.
+    """
+
+    tokenizer: Any
+    image: ImageSpec
+    tokens_per_second: float = 4.0
+
+    def __post_init__(self):
+        for token in (*BOUNDARIES, IMAGE_PAD, VIDEO_PAD):
+            if len(self._encode(token).ids) != 1:
+                raise UserError(f"tokenizer: special token {token} is missing; expected a Qwen2.5-VL tokenizer")
+
+    @classmethod
+    def from_directory(
+        cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> "Codec":
+        """Reads tokenizer, preprocessor_config.json and config.json of an HF checkpoint directory."""
+        from transformers import AutoTokenizer
+
+        directory = Path(directory)
+        image = ImageSpec.from_directory(directory, min_pixels, max_pixels)
+        config = pixels.read_json(directory / "config.json")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as problem:  # whatever the tokenizer's files make transformers raise
+            raise UserError(f"{directory}: no usable tokenizer ({str(problem).splitlines()[0]})") from None
+        if not tokenizer.chat_template and (directory / "chat_template.json").exists():
+            tokenizer.chat_template = pixels.read_json(directory / "chat_template.json")["chat_template"]
+        if not getattr(tokenizer, "is_fast", False) or not tokenizer.chat_template:
+            raise UserError(f"{directory}: expected a fast tokenizer (tokenizer.json) with a chat template")
+        codec = cls(tokenizer, image, float(config["vision_config"].get("tokens_per_second", 4)))
+        for key, ours in (("image_token_id", codec.image_token_id), ("video_token_id", codec.video_token_id)):
+            if config.get(key, ours) != ours:
+                raise UserError(f"{directory / 'config.json'}: {key} is {config[key]}, the tokenizer's is {ours}")
+        return codec
+
+    def _encode(self, text: str):
+        # The backend itself: the wrapper sets truncation and padding on shared state at every call.
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def image_token_id(self) -> int:
+        return self._encode(IMAGE_PAD).ids[0]
+
+    @functools.cached_property
+    def video_token_id(self) -> int:
+        return self._encode(VIDEO_PAD).ids[0]
+
+    @functools.cached_property
+    def _vision_marks(self) -> tuple[int, int]:
+        return self._encode("<|vision_start|>").ids[0], self._encode("<|vision_end|>").ids[0]
+
+    # ------------------------------------------------------------ messages -> Layout
+
+    def render(
+        self,
+        messages: Sequence[Mapping],
+        add_generation_prompt: bool = False,
+        *,
+        imagined_grid: tuple[int, int] | None = None,
+        key: str = "",
+    ) -> Layout:
+        """HF chat messages through the tokenizer's chat template, as one trunk.
+
+        Assistant turns carry loss: their text and the `<|im_end|>` that closes them, not the header before and not the
+        newline after. A part {"type": "imagine"} becomes Imagined with its own "grid" or `imagined_grid`.
+        """
+        parts, sources = self._parts(messages, add_generation_prompt, imagined_grid, key, {})
+        return Layout(images=tuple(sources), trunk=parts, key=key)
+
+    def render_views(self, content: Sequence[Mapping], pairs: Sequence[tuple[str, str]], *, key: str = "") -> Layout:
+        """Several (question, answer) pairs about the same content parts (such as an image), as views that share it.
+
+        Trunk and view i together have the tokens of `render` on the i-th conversation alone.
+        """
+        return self.render_conversations(
+            [
+                [{"role": "user", "content": [*content, {"type": "text", "text": question}]},
+                 {"role": "assistant", "content": answer}]
+                for question, answer in pairs
+            ],
+            key=key,
+        )
+
+    def render_conversations(self, conversations: Sequence[Sequence[Mapping]], *, key: str = "") -> Layout:
+        """Conversations that begin alike as views of what they share; an image they share is encoded once."""
+        if not conversations:
+            raise UserError(f"record {key!r}: no conversation to show")
+        sources: dict[Any, Any] = {}
+        rendered = [self._parts(messages, False, None, key, sources)[0] for messages in conversations]
+        trunk, views = share_trunk(rendered)
+        return Layout(images=tuple(sources.values()), trunk=trunk, views=views, key=key)
+
+    def _parts(self, messages, add_generation_prompt, imagined_grid, key, sources: dict[Any, Any]):
+        """(parts, image sources). `sources` maps what identifies a source to it, in the order of Layout.images."""
+        plain, visuals = _normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
+        text = self._template(plain, add_generation_prompt)
+        parts: list[Part] = []
+        for piece, loss in self._marked_turns(plain, text, add_generation_prompt):
+            literal = _PLACEHOLDER.split(piece)
+            for i, segment in enumerate(literal):
+                if i % 2 == 0:
+                    parts += [Text(segment, loss)] if segment else []
+                elif not visuals or isinstance(visuals[0], Video) != (segment == VIDEO_PAD):
+                    raise UserError(f"record {key!r}: {segment} stands in a message's text; images go in image parts")
+                else:
+                    parts.append(visuals.pop(0))
+        if visuals:
+            raise UserError(f"record {key!r}: the chat template shows {len(visuals)} image(s) fewer than the messages")
+        return tuple(parts), tuple(sources.values())
+
+    def _template(self, messages, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _marked_turns(self, messages, text: str, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered text cut into (piece, loss). Turns are found by rendering them again between marks."""
+        mark = "\ue000"
+        while mark in text:
+            mark += "\ue000"
+        marked = [_between(message, mark) if message["role"] == "assistant" else message for message in messages]
+        pieces = self._template(marked, add_generation_prompt).split(mark)
+        if "".join(pieces) != text:
+            raise UserError("tokenizer: the chat template rewrites what the assistant says; its loss cannot be marked")
+        cut: list[tuple[str, bool]] = []
+        for i, piece in enumerate(pieces):
+            # Odd pieces stand between marks; the end of turn after each belongs to it.
+            closes = i and i % 2 == 0 and piece.startswith("<|im_end|>")
+            cut += [("<|im_end|>", True), (piece[len("<|im_end|>"):], False)] if closes else [(piece, i % 2 == 1)]
+        return cut
+
+    # ------------------------------------------------------------ Layout -> Example
+
+    def lay_out(self, layout: Layout) -> Example:
+        """Tokens, positions, targets and patches of one layout (see Example for every field).
+
+        Raises UserError naming the record where an image cannot be read.
+        """
+        visuals = self._visuals(layout)
+        stretches = [self._stretch(parts, visuals, layout.key) for parts in (layout.trunk, *layout.views)]
+        positions, end = mrope(stretches[0].spans)
+        positions = [positions] + [mrope(stretch.spans, end)[0] for stretch in stretches[1:]]
+        if any(stretch.loss[:1].any() for stretch in stretches[1:]):
+            raise ValueError(f"record {layout.key!r}: a view starts with loss-carrying text; its predictor is missing")
+        tokens = np.concatenate([stretch.tokens for stretch in stretches])
+        loss = np.concatenate([stretch.loss for stretch in stretches])
+        merged = sum(len(visual.patches.patches) for visual in visuals.values()) // self.image.merge_unit
+        features = np.concatenate([stretch.features for stretch in stretches])
+        slots = np.flatnonzero(features == _SLOT).astype(np.int32)
+        given = np.flatnonzero(features == _GIVEN)
+        features[slots] = merged + np.arange(len(slots))
+        features[given] = merged + len(slots) + np.arange(len(given))
+        spoken = np.flatnonzero(loss)
+        spoken = spoken[spoken < slots[0]] if len(slots) else spoken
+        target = visuals.get(layout.target)
+        return Example(
+            tokens=tokens,
+            view_ids=np.repeat(np.arange(len(stretches), dtype=np.int32), [len(each.tokens) for each in stretches]),
+            positions=np.concatenate(positions, axis=1),
+            targets=np.concatenate([_shifted(stretch.tokens) for stretch in stretches]),
+            loss_weights=np.concatenate([_shifted(stretch.loss) for stretch in stretches]).astype(np.float32),
+            feature_index=features,
+            **self._patch_fields(visuals),
+            slots=slots,
+            target_image=target.first_image if target else 0,
+            target_grid=np.array(target.merged_grid[1:] if target else (0, 0), np.int32),
+            caption_span=np.array((spoken[0], spoken[-1] + 1) if len(spoken) else (0, 0), np.int32),
+            key=layout.key,
+        )
+
+    def _visuals(self, layout: Layout) -> dict[int, "_Visual"]:
+        """The images that are shown or predicted, read and patchified once each, in the order of Layout.images."""
+        shown = [part for parts in (layout.trunk, *layout.views) for part in parts if isinstance(part, Image | Video)]
+        used = {part.index: isinstance(part, Video) for part in shown}
+        if layout.target is not None:
+            used.setdefault(layout.target, isinstance(layout.images[layout.target], list | tuple))
+        visuals: dict[int, _Visual] = {}
+        merged = slices = 0
+        for index in sorted(used):
+            name = f"record {layout.key!r}: image {index}" if layout.key else ""
+            source = layout.images[index]
+            if used[index]:
+                patches = pixels.patchify_video([pixels.open_image(frame, name) for frame in source], self.image)
+            else:
+                patches = pixels.patchify(pixels.open_image(source, name), self.image)
+            visuals[index] = _Visual(patches, merged, slices + 1, self.image)
+            merged += len(patches.patches) // self.image.merge_unit
+            slices += patches.grid[0]
+        return visuals
+
+    def _patch_fields(self, visuals: Mapping[int, "_Visual"]) -> dict[str, np.ndarray]:
+        """The patch arrays of all visuals, one after the other, window and image ids counted on."""
+        all_patches = [visual.patches for visual in visuals.values()]
+        if not all_patches:
+            channels = 3 * self.image.patch_size**2
+            return {"patches": np.zeros((0, channels), np.uint8), "patch_positions": np.zeros((0, 2), np.int32),
+                    "patch_window": np.zeros(0, np.int32), "patch_image": np.zeros(0, np.int32)}
+        channels = max(each.patches.shape[1] for each in all_patches)
+        windows = np.cumsum([0] + [each.window[-1] for each in all_patches[:-1]], dtype=np.int32)
+        slices = np.cumsum([0] + [each.grid[0] for each in all_patches[:-1]], dtype=np.int32)
+        return {
+            "patches": np.concatenate([pixels.widen(each.patches, channels) for each in all_patches]),
+            "patch_positions": np.concatenate([each.positions for each in all_patches]),
+            "patch_window": np.concatenate([e.window + start for e, start in zip(all_patches, windows, strict=True)]),
+            "patch_image": np.concatenate([e.image + start for e, start in zip(all_patches, slices, strict=True)]),
+        }
+
+    def _stretch(self, parts: Sequence[Part], visuals: Mapping[int, "_Visual"], key: str) -> "_Stretch":
+        """The trunk or one view as tokens, loss flags, feature marks and position spans."""
+        pieces: list[_Stretch] = []
+        texts: list[Text] = []
+        for part in (*parts, None):
+            if isinstance(part, Text):
+                texts.append(part)
+                continue
+            if texts:
+                pieces.append(self._text(texts, key))
+                texts = []
+            if part is not None:
+                pieces.append(self._block(part, visuals))
+        if not pieces:
+            raise UserError(f"record {key!r}: nothing to show (an empty trunk or view)")
+        arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "loss", "features")]
+        return _Stretch(*arrays, [span for piece in pieces for span in piece.spans])
+
+    def _text(self, texts: Sequence[Text], key: str) -> "_Stretch":
+        """Adjacent texts tokenised as one string; a token carries loss if any of its characters does."""
+        text = "".join(part.text for part in texts)
+        if IMAGE_PAD in text or VIDEO_PAD in text:
+            raise UserError(f"record {key!r}: {IMAGE_PAD} or {VIDEO_PAD} stands in its text")
+        encoding = self._encode(text)
+        flags = np.repeat([part.loss for part in texts], [len(part.text) for part in texts])
+        before = np.concatenate([[0], np.cumsum(flags)])
+        start, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        loss = before[np.maximum(end, np.minimum(start + 1, len(text)))] > before[start]
+        tokens = np.array(encoding.ids, np.int32)
+        return _Stretch(tokens, loss, np.full(len(tokens), -1, np.int32), [len(tokens)])
+
+    def _block(self, part: Part, visuals: Mapping[int, "_Visual"]) -> "_Stretch":
+        """Placeholders between the vision marks."""
+        if isinstance(part, Image | Video):
+            visual = visuals[part.index]
+            interval = self.tokens_per_second * part.second_per_grid if isinstance(part, Video) else 1.0
+            grid = Grid(*visual.merged_grid, interval)
+            inside = visual.features
+        else:
+            grid = Grid(1, *part.grid)
+            inside = np.full(len(grid), _SLOT if isinstance(part, Slots) else _GIVEN, np.int32)
+        start, end = self._vision_marks
+        pad = self.video_token_id if isinstance(part, Video) else self.image_token_id
+        tokens = np.array([start, *[pad] * len(grid), end], np.int32)
+        return _Stretch(tokens, np.zeros(len(tokens), bool), np.pad(inside, 1, constant_values=-1), [1, grid, 1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stretch:
+    tokens: np.ndarray
+    loss: np.ndarray
+    features: np.ndarray
+    spans: list[int | Grid]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Visual:
+    """Patches of an image or video with its place among the example's."""
+
+    patches: Patches
+    first_merged: int
+    first_image: int
+    spec: ImageSpec
+
+    @property
+    def merged_grid(self) -> tuple[int, int, int]:
+        slices, rows, columns = self.patches.grid
+        return slices, rows // self.spec.merge_size, columns // self.spec.merge_size
+
+    @property
+    def features(self) -> np.ndarray:
+        return self.first_merged + pixels.merged_index(self.patches, self.spec.merge_size)
+
+
+def _shifted(values: np.ndarray) -> np.ndarray:
+    """Each place's successor; 0 at the end."""
+    return np.concatenate([values[1:], np.zeros(1, values.dtype)])
+
+
+def _between(message: Mapping, mark: str) -> dict:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": mark + content + mark}
+    edge = {"type": "text", "text": mark}
+    return {**message, "content": [edge, *content, edge]}
+
+
+def _normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sources: dict[Any, Any]):
+    """Messages as the template takes them (an imagined image is an image to it), and the visual parts in order."""
+    places = {identity: index for index, identity in enumerate(sources)}
+    visuals: list[Part] = []
+
+    def index_of(source) -> int:
+        identity = str(source) if isinstance(source, str | Path) else id(source)
+        sources[identity] = source
+        return places.setdefault(identity, len(places))
+
+    def plain(part) -> dict:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        if kind == "image" and (source := _first(part, "image", "path", "url")) is not None:
+            visuals.append(Image(index_of(source)))
+        elif kind == "video" and part.get("video"):
+            seconds = temporal_patch_size / part["fps"] if part.get("fps") else 1.0
+            visuals.append(Video(index_of(part["video"]), seconds))
+        elif kind == "imagine" and (grid := part.get("grid") or imagined_grid) is not None:
+            visuals.append(Imagined(tuple(grid)))
+        else:
+            raise UserError(f"record {key!r}: message part {str(part)[:80]}; expected text, image, video (a list of "
+                            "frames) or, where the model has a latent head, imagine")
+        return {"type": "video" if kind == "video" else "image"}
+
+    result = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list | tuple) or not isinstance(message.get("role"), str):
+            raise UserError(f"record {key!r}: message {str(message)[:80]}; expected a dict of role and content")
+        shown = content if isinstance(content, str) else [plain(part) for part in content]
+        result.append({**message, "content": shown})
+    return result, visuals
+
+
+def _first(part: Mapping, *keys: str):
+    return next((part[key] for key in keys if part.get(key) is not None), None)

@@ -1,0 +1,322 @@
+"""Examples of any length into batches of static shape: first fit over groups and rows, in data order."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from latent_jax.data.images import widen
+from latent_jax.data.layout import Example
+from latent_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+# A step is worth its fill: of the budget that binds, of the other (docs/architecture.md).
+_TARGET_FILL = (0.95, 0.90)
+_STREAM = 2048  # examples that a choice of budgets is simulated on
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """Static shape of a batch: A micro-steps of G groups of B rows of T tokens, P patches, E examples of S slots.
+
+    `channels` is c, the values of a patch; `image_patches` the most patches of one temporal slice (0: as `patches`);
+    `merge_unit` the patches under one merged token, so that a group has M = patches // merge_unit of those.
+    """
+
+    micro: int
+    groups: int
+    rows: int
+    tokens: int
+    patches: int
+    examples: int
+    slots: int
+    channels: int
+    image_patches: int = 0
+    merge_unit: int = 4
+
+    def __post_init__(self):
+        if min(self.micro, self.groups, self.rows, self.tokens, self.examples, self.channels, self.merge_unit) < 1:
+            raise UserError(f"{self}: every budget but patches and slots must be at least 1")
+        if self.patches % self.merge_unit:
+            raise UserError(f"{self}: patches must be a multiple of merge_unit {self.merge_unit}")
+
+    def check(self, example: Example) -> "Size":
+        """The example's size; UserError naming its key, length and the budget where it cannot fit even alone."""
+        size = size_of(example, self.merge_unit)
+        limits = {
+            "tokens": (size.tokens, self.tokens),
+            "patches": (size.patches, self.patches),
+            "slots": (size.slots, self.slots),
+            "patches in one image": (size.image_patches, self.image_patches or self.patches),
+        }
+        for what, (have, budget) in limits.items():
+            if have > budget:
+                raise UserError(f"record {example.key!r}: {have} {what}, more than the budget of {budget}")
+        if size.patches and self.channels % size.channels:
+            raise UserError(f"record {example.key!r}: patches of {size.channels} values, but batches hold "
+                            f"{self.channels} (video in a batch of stills)")
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What of an example counts against budgets. `slots` also counts given features (Imagined)."""
+
+    tokens: int
+    patches: int
+    slots: int
+    channels: int
+    image_patches: int
+
+
+def size_of(example: Example, merge_unit: int = 4) -> Size:
+    given = int(example.feature_index.max(initial=-1)) + 1 - len(example.patches) // merge_unit
+    return Size(
+        tokens=len(example.tokens),
+        patches=len(example.patches),
+        slots=max(given, 0),
+        channels=example.patches.shape[1],
+        image_patches=int(np.bincount(example.patch_image).max(initial=0)),
+    )
+
+
+class Packer:
+    """Examples in, batches out. The first example that fits nowhere opens the next step; nothing is dropped."""
+
+    def __init__(self, budgets: Budgets):
+        self.budgets = budgets
+        self.numbers = np.zeros((0,), np.int64)  # (A, G, E) of the last batch: which example (counted from 0), -1 none
+        self._count = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._plan = _Plan(self.budgets)
+        self._placed: list[tuple[Example, int, int, int]] = []
+
+    def add(self, example: Example) -> Batch | None:
+        """Takes an example; returns the finished batch where it had to open the next step.
+
+        Raises UserError (and takes nothing) where the example alone exceeds a budget.
+        """
+        size = self.budgets.check(example)
+        place = self._plan.place(size)
+        finished = None
+        if place is None:
+            finished = self.flush()
+            place = self._plan.place(size)
+        self._placed.append((example, *place, self._count))
+        self._count += 1
+        return finished
+
+    def flush(self) -> Batch | None:
+        """The batch under way, padded; None where it is empty."""
+        if not self._placed:
+            return None
+        batch, self.numbers = _build(self._placed, self.budgets)
+        self._open()
+        return batch
+
+
+class _Plan:
+    """Room left in every group (flat over A and G) and row of one step."""
+
+    def __init__(self, budgets: Budgets):
+        bins = budgets.micro * budgets.groups
+        self.patches = [budgets.patches] * bins
+        self.examples = [budgets.examples] * bins
+        self.tokens = [[budgets.tokens] * budgets.rows for _ in range(bins)]
+
+    def place(self, size: Size) -> tuple[int, int] | None:
+        """(group, row) of the first fit, whose room it takes; None where nothing fits."""
+        for group, rows in enumerate(self.tokens):
+            if self.examples[group] and self.patches[group] >= size.patches:
+                for row, room in enumerate(rows):
+                    if room >= size.tokens:
+                        rows[row] -= size.tokens
+                        self.patches[group] -= size.patches
+                        self.examples[group] -= 1
+                        return group, row
+        return None
+
+
+def _build(placed: Sequence[tuple[Example, int, int, int]], budgets: Budgets) -> tuple[Batch, np.ndarray]:
+    """The arrays of one step, and which example stands in which slot."""
+    lead = budgets.micro * budgets.groups
+    batch = _empty(lead, budgets)
+    numbers = np.full((lead, budgets.examples), -1, np.int64)
+    cursors = [_Cursor(budgets.rows) for _ in range(lead)]
+    for example, group, row, number in placed:
+        cursor = cursors[group]
+        numbers[group, cursor.examples] = number
+        _write({name: array[group] for name, array in batch.items()}, example, row, cursor, budgets)
+    shape = (budgets.micro, budgets.groups)
+    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}, numbers.reshape(*shape, -1)
+
+
+@dataclasses.dataclass
+class _Cursor:
+    """How much of a group is written."""
+
+    rows: int
+    patches: int = 0
+    windows: int = 0
+    images: int = 0
+    examples: int = 0
+
+    def __post_init__(self):
+        self.tokens = [0] * self.rows
+        self.segments = [0] * self.rows
+
+
+def _empty(lead: int, budgets: Budgets) -> Batch:
+    B, T, P, E, S = budgets.rows, budgets.tokens, budgets.patches, budgets.examples, budgets.slots
+    shapes = {
+        **dict.fromkeys(("tokens", "segment_ids", "view_ids", "targets", "feature_index"), (B, T)),
+        "positions": (B, 3, T),
+        "loss_weights": (B, T),
+        "patches": (P, budgets.channels),
+        "patch_positions": (P, 2),
+        **dict.fromkeys(("patch_window", "patch_image"), (P,)),
+        **dict.fromkeys(("example_mask", "latent_mask", "target_image", "example_segment", "example_row"), (E,)),
+        "latent_index": (E, S),
+        **dict.fromkeys(("target_grid", "caption_span"), (E, 2)),
+    }
+    types = {"loss_weights": np.float32, "patches": np.uint8, "example_mask": bool, "latent_mask": bool}
+    batch = {name: np.zeros((lead, *shape), types.get(name, np.int32)) for name, shape in shapes.items()}
+    batch["feature_index"].fill(-1)
+    return batch
+
+
+def _write(group: Batch, example: Example, row: int, cursor: _Cursor, budgets: Budgets) -> None:
+    """One example into its group's arrays; `cursor` moves on."""
+    first, patch, slot = cursor.tokens[row], cursor.patches, cursor.examples
+    t, p = len(example.tokens), len(example.patches)
+    cursor.segments[row] += 1
+    span = slice(first, first + t)
+    for name in ("tokens", "view_ids", "targets", "loss_weights"):
+        group[name][row, span] = getattr(example, name)
+    group["segment_ids"][row, span] = cursor.segments[row]
+    group["positions"][row, :, span] = example.positions
+    group["feature_index"][row, span] = _in_group(example.feature_index, p // budgets.merge_unit, patch, budgets)
+
+    here = slice(patch, patch + p)
+    if p:
+        group["patches"][here] = widen(example.patches, budgets.channels)
+        group["patch_positions"][here] = example.patch_positions
+        group["patch_window"][here] = example.patch_window + cursor.windows
+        group["patch_image"][here] = example.patch_image + cursor.images
+
+    flat = row * budgets.tokens + first
+    group["example_mask"][slot] = True
+    group["latent_mask"][slot] = example.target_image > 0
+    group["latent_index"][slot, :len(example.slots)] = example.slots + flat
+    group["target_image"][slot] = example.target_image + cursor.images if example.target_image else 0
+    group["target_grid"][slot] = example.target_grid
+    group["caption_span"][slot] = example.caption_span + flat
+    group["example_segment"][slot] = cursor.segments[row]
+    group["example_row"][slot] = row
+
+    cursor.tokens[row] += t
+    cursor.patches += p
+    cursor.windows += int(example.patch_window.max(initial=0))
+    cursor.images += int(example.patch_image.max(initial=0))
+    cursor.examples += 1
+
+
+def _in_group(index: np.ndarray, merged: int, first_patch: int, budgets: Budgets) -> np.ndarray:
+    """An example's feature indices as its group's: visual tokens behind its neighbours', slots behind all M."""
+    visual = index + first_patch // budgets.merge_unit
+    given = index - merged + budgets.patches // budgets.merge_unit
+    return np.where(index < 0, -1, np.where(index < merged, visual, given))
+
+
+def numbered_batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Every example exactly once, in order, the last batch padded; with each batch, (A, G, E) example numbers or -1."""
+    packer = Packer(budgets)
+    for example in examples:
+        if (batch := packer.add(example)) is not None:
+            yield batch, packer.numbers
+    if (batch := packer.flush()) is not None:
+        yield batch, packer.numbers
+
+
+# ---------------------------------------------------------------- choosing budgets
+
+
+def choose_budgets(
+    sample: Sequence[Example | Size],
+    *,
+    batch_size: int,
+    groups: int = 1,
+    micro: int = 1,
+    window_patches: int = 64,
+    merge_unit: int = 4,
+    row_tokens: int = 2048,
+    slots: int | None = None,
+) -> Budgets:
+    """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
+
+    `sample` is in data order (see pipeline.sample_examples). `row_tokens` bounds a row, unless one example is longer.
+    Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
+    90 % of the other where the lengths allow that, and then holds the most examples. Raises UserError where
+    batch_size does not divide.
+    """
+    if batch_size % (groups * micro) or batch_size < 1:
+        raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
+    sizes = [size if isinstance(size, Size) else size_of(size, merge_unit) for size in sample]
+    if not sizes:
+        raise UserError("no example to choose budgets from")
+    unit = math.lcm(window_patches, merge_unit)
+    largest = Size(*(max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Size)))
+    fixed = dict(
+        micro=micro, groups=groups, examples=batch_size // (groups * micro), merge_unit=merge_unit,
+        slots=largest.slots if slots is None else slots, channels=largest.channels,
+        image_patches=max(_up(largest.image_patches, unit), unit),
+    )
+    mean = [np.mean([getattr(size, name) for size in sizes]) * fixed["examples"] for name in ("tokens", "patches")]
+    candidates = {
+        (*_rows(mean[0] * more_tokens, largest.tokens, row_tokens),
+         max(_up(mean[1] * more_patches, unit), _up(largest.patches, unit), unit))
+        for more_tokens, more_patches in itertools.product(np.arange(0.94, 1.12, 0.04), repeat=2)
+    }
+    # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.
+    stream = list(itertools.islice(itertools.cycle(sizes), max(_STREAM, 4 * batch_size)))
+    tried = [Budgets(rows=B, tokens=T, patches=P, **fixed) for B, T, P in sorted(candidates)]
+    return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
+
+
+def fill(sizes: Iterable[Size], budgets: Budgets) -> dict[str, float]:
+    """Mean share of `tokens`, `patches` and `examples` that full steps of these sizes use."""
+    steps: list[np.ndarray] = []
+    plan, used = _Plan(budgets), np.zeros(3)
+    for size in sizes:
+        if plan.place(size) is None:
+            steps.append(used)
+            plan, used = _Plan(budgets), np.zeros(3)
+            plan.place(size)
+        used = used + (size.tokens, size.patches, 1)
+    whole = np.array([budgets.rows * budgets.tokens, budgets.patches, budgets.examples])
+    mean = np.mean(steps or [used], axis=0) / (whole * budgets.micro * budgets.groups)
+    return dict(zip(("tokens", "patches", "examples"), mean.tolist(), strict=True))
+
+
+def _worth(filled: dict[str, float]) -> float:
+    """Examples a step, once the fills are what they should be."""
+    pair = sorted((filled["tokens"], filled["patches"]), reverse=True)
+    if not filled["patches"]:
+        pair = [filled["tokens"]]
+    return filled["examples"] - 10 * sum(max(0.0, want - have) for want, have in zip(_TARGET_FILL, pair, strict=False))
+
+
+def _rows(tokens: float, longest: int, row_tokens: int) -> tuple[int, int]:
+    """(rows, tokens a row) for a group's need, rows as few and equal as `row_tokens` allows."""
+    rows = max(1, math.ceil(tokens / max(row_tokens, longest)))
+    length = max(tokens / rows, longest)
+    return rows, _up(length, 128 if length > 1024 else 64)
+
+
+def _up(value: float, unit: int) -> int:
+    return math.ceil(value / unit) * unit

@@ -1,0 +1,255 @@
+"""Records to batches with Grain: shuffled, mixed, decoded by threads, packed, and resumable to the bit.
+
+Grain owns order and decoding (a random-access dataset, so a position is one number). Packing and prefetching of whole
+batches happen in one background thread; the state that a batch leaves behind travels with it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from latent_jax.data.chat import Codec
+from latent_jax.data.layout import Example, Layout
+from latent_jax.data.packing import Batch, Budgets, Packer, numbered_batches
+from latent_jax.errors import UserError
+
+LayoutFn = Callable[[dict, int], Layout]
+_BROKEN_AFTER = 100  # records seen before a share of broken ones means anything
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to records, safe to read from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Broken:
+    """A record that could not be laid out, and why."""
+
+    message: str
+
+
+def make_dataset(
+    source: Source | Sequence[tuple[Source, float]],
+    *,
+    layout_fn: LayoutFn,
+    codec: Codec,
+    budgets: Budgets,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    prefetch: int = 2,
+    max_broken: float = 0.05,
+) -> "BatchIterator":
+    """An iterator of batches over one source, or over several by weight ([(source, weight), ...]).
+
+    `layout_fn(record, index)` gets the sample's place in the global order (over epochs and processes). `shuffle` draws
+    a new order each epoch from `seed`; `epochs` None repeats for ever; a mixture ends with the first source that does.
+    `budgets` are those of the whole step: each of `process_count` processes reads every process_count-th sample and
+    makes groups / process_count groups. Batches depend on nothing else: not on `threads`, not on `prefetch`.
+    Raises UserError where a source is empty or the groups do not divide.
+    """
+    if budgets.groups % process_count:
+        raise UserError(f"{budgets.groups} groups cannot be shared by {process_count} processes")
+    sources = list(source) if _is_mixture(source) else [(source, 1.0)]
+    if any(len(each) == 0 for each, _ in sources):
+        raise UserError("a data source is empty")
+    if any(weight <= 0 for _, weight in sources):
+        raise UserError(f"weights of a mixture must be positive, got {[weight for _, weight in sources]}")
+    own = dataclasses.replace(budgets, groups=budgets.groups // process_count)
+    samples = grain.MapDataset.mix(
+        # Each source its own order, also where two are equally long.
+        [_ordered(each, seed + 7919 * i, shuffle, epochs) for i, (each, _) in enumerate(sources)],
+        [weight for _, weight in sources],
+    ) if len(sources) > 1 else _ordered(sources[0][0], seed, shuffle, epochs)
+    examples = samples.map_with_index(functools.partial(_lay_out, layout_fn, codec, own))
+    if process_count > 1:
+        examples = examples[process_index::process_count]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return BatchIterator(lambda: iter(examples.to_iter_dataset(options)), own, max_broken, prefetch)
+
+
+def _is_mixture(source: Any) -> bool:
+    return isinstance(source, list | tuple) and bool(source) and isinstance(source[0], tuple)
+
+
+def _ordered(source: Source, seed: int, shuffle: bool, epochs: int | None) -> grain.MapDataset:
+    dataset = grain.MapDataset.source(source)
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed % 2**32)
+    return dataset if epochs == 1 else dataset.repeat(epochs)
+
+
+def _lay_out(layout_fn: LayoutFn, codec: Codec, budgets: Budgets, index: int, record: dict) -> Example | _Broken:
+    try:
+        example = codec.lay_out(layout_fn(record, int(index)))
+        budgets.check(example)
+    except UserError as problem:
+        return _Broken(str(problem))
+    return example
+
+
+class BatchIterator:
+    """Batches, made ahead by a background thread. `get_state` is that of the last batch handed out.
+
+    A state is a small JSON-able dict. Setting it on an iterator made with the same arguments gives the batches that
+    followed, bit for bit. `skipped` counts the broken records before the last batch handed out.
+    """
+
+    def __init__(self, open_samples: Callable[[], Iterator], budgets: Budgets, max_broken: float, prefetch: int):
+        self._open_samples = open_samples
+        self._budgets = budgets
+        self._max_broken = max_broken
+        self._prefetch = max(1, prefetch)
+        self._state: dict[str, Any] = {"position": None, "seen": 0, "skipped": 0, "broken": []}
+        self._worker: _Worker | None = None
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._worker is None:
+            steps = _steps(self._open_samples(), self._state, self._budgets, self._max_broken)
+            self._worker = _Worker(steps, self._prefetch)
+            weakref.finalize(self, self._worker.stop)
+        batch, self._state = self._worker.get()
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._state, "broken": list(self._state["broken"])}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if set(state) != set(self._state):
+            raise UserError(f"data state has the keys {sorted(state)}, expected {sorted(self._state)}")
+        self.close()
+        self._state = {**state, "broken": list(state["broken"])}
+
+    @property
+    def skipped(self) -> int:
+        return self._state["skipped"]
+
+    def close(self) -> None:
+        """Ends the background thread; the next batch starts another where the last one stopped."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+
+def _steps(samples: Iterator, state: dict[str, Any], budgets: Budgets, max_broken: float) -> Generator:
+    """(batch, state after it) for every step.
+
+    A batch is finished by the first example of the next one. The state is therefore the position *before* that example:
+    it is read again after a resume, and the packer's contents never need storing.
+    """
+    if state["position"] is not None:
+        samples.set_state(state["position"])
+    packer = Packer(budgets)
+    counts = {name: state[name] for name in ("seen", "skipped", "broken")}
+    before = {**counts, "position": samples.get_state()}
+    for sample in samples:
+        if isinstance(sample, _Broken):
+            counts = _counted(counts, sample, max_broken)
+        else:
+            counts = {**counts, "seen": counts["seen"] + 1}
+            if (batch := packer.add(sample)) is not None:
+                yield batch, before
+        before = {**counts, "position": samples.get_state()}
+    if (batch := packer.flush()) is not None:
+        yield batch, before
+    elif 0 < counts["skipped"] == counts["seen"]:
+        raise UserError(f"no usable record: all {counts['seen']} are broken: {'; '.join(counts['broken'])}")
+
+
+def _counted(counts: dict[str, Any], broken: _Broken, max_broken: float) -> dict[str, Any]:
+    seen, skipped = counts["seen"] + 1, counts["skipped"] + 1
+    first = list(dict.fromkeys([*counts["broken"], broken.message]))[:3]  # a later epoch meets the same ones again
+    if seen >= _BROKEN_AFTER and skipped > max_broken * seen:
+        raise UserError(f"{skipped} of {seen} records are broken, more than {max_broken:.0%}: {'; '.join(first)}")
+    return {"seen": seen, "skipped": skipped, "broken": first}
+
+
+class _Worker:
+    """Runs an iterator in a thread and hands on what it yields, the end of it, or what it raised."""
+
+    def __init__(self, items: Generator, depth: int):
+        self._ready: queue.Queue = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._last: tuple[str, Any] | None = None
+        self._thread = threading.Thread(target=self._run, args=(items,), name="batches", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Generator) -> None:
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    if not self._put(("item", item)):
+                        return
+            self._put(("end", StopIteration()))
+        except BaseException as problem:  # raised again where the batch is asked for
+            self._put(("end", problem))
+
+    def _put(self, message: tuple[str, Any]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(message, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def get(self):
+        if self._last is None:
+            kind, value = self._ready.get()
+            if kind == "item":
+                return value
+            self._last = kind, value
+        raise self._last[1]
+
+    def stop(self) -> None:
+        """Returns once the thread has ended, so that two never read one source's state."""
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 256) -> list[Example]:
+    """Examples from all over a source, in order, for choose_budgets. Their pixels are dropped, their shapes are not.
+
+    Broken records are left out; UserError naming the first of them where nothing is left.
+    """
+    count = min(n, len(source))
+    broken: collections.deque[str] = collections.deque(maxlen=1)
+    examples = []
+    for index in range(count):
+        try:
+            example = codec.lay_out(layout_fn(source[index * len(source) // count], index))
+        except UserError as problem:
+            broken.appendleft(str(problem))
+            continue
+        hollow = np.broadcast_to(np.uint8(0), example.patches.shape)
+        examples.append(dataclasses.replace(example, patches=hollow))
+    if not examples:
+        raise UserError(f"no usable record among {count}" + (f": {broken[0]}" if broken else ""))
+    return examples
+
+
+def batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[Batch]:
+    """Every example exactly once, in order, the last batch padded: for evaluation (see packing.numbered_batches)."""
+    for batch, _ in numbered_batches(examples, budgets):
+        yield batch

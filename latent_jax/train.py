@@ -1,0 +1,288 @@
+"""Training, one story: what is trained, on what data, from which state, by which step, for how long."""
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from latent_jax import config as schema
+from latent_jax import workdir
+from latent_jax.assets import TINY_VL
+from latent_jax.data import packing, pipeline, sources
+from latent_jax.data.chat import Codec
+from latent_jax.errors import UserError
+from latent_jax.models import hf_export, hf_io
+from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.runtime import flops, preemption, sharding
+from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.runtime.devices import enable_compile_cache
+from latent_jax.runtime.metrics import Metrics
+from latent_jax.runtime.progress import Progress
+from latent_jax.state import Setup, TrainState, first_state, make_setup
+from latent_jax.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended: the steps that are done, whether a signal stopped it early, compiles of the step, and what the
+    method's report found on held-out data."""
+
+    step: int
+    stopped: bool
+    compiles: int
+    report: dict[str, float]
+
+
+def run(config, directory: str | Path) -> Summary:
+    """Trains what the config describes and leaves everything in `directory`; resumes what lies there already.
+
+    Raises UserError for bad input. SIGTERM and SIGINT, once steps are running, save a checkpoint and return.
+    """
+    enable_compile_cache()
+    directory = Path(directory)
+    method = importlib.import_module(f"latent_jax.methods.{config.method}")
+
+    # ------------------------------------------------------------ what is trained
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp)
+    origin = hf_io.resolve(config.model.path or TINY_VL)
+    codec = Codec.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
+    model_config = dataclasses.replace(
+        from_json(_shape_file(config, origin)), image_mean=codec.image.mean, image_std=codec.image.std
+    )
+    sharding.check_heads(mesh, model_config.text.num_attention_heads)
+
+    # ------------------------------------------------------------ on what data
+    data = open_data(config, config.data.split)
+    config, budgets, notes = settle(config, directory, method, codec, model_config, data, sharding.data_shards(mesh))
+    batches = pipeline.make_dataset(
+        data, layout_fn=_layout(method, config, codec), codec=codec, budgets=budgets, seed=config.seed,
+        threads=config.data.threads, max_broken=config.data.max_bad,
+    )
+
+    # ------------------------------------------------------------ from which state
+    hf_export.keep_origin(origin, directory / workdir.ORIGIN)
+    setup = make_setup(config, method, model_config, mesh, stored_dtypes(config, origin, model_config))
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
+    state, batches_state = restore(checkpoints, setup)
+    if state is None:
+        state = fit(first_state(setup, origin), setup, data, codec, budgets)
+        notes += [describe(setup, state)]
+    else:
+        batches.set_state(batches_state)
+        notes += [f"resuming after step {int(state.step)}"]
+
+    # ------------------------------------------------------------ by which step, for how long
+    first = int(state.step)
+    primary = jax.process_index() == 0
+    with (
+        Metrics(directory, first, config.log.every, config.log.tensorboard, primary) as metrics,
+        Progress(config.train.steps, first, config.log.progress and primary) as progress,
+        preemption.watch() as asked_to_stop,
+    ):
+        for note in notes:
+            progress.say(note)
+        step = make_step(setup)
+        state, stopped = loop(setup, state, step, batches, checkpoints, metrics, progress, asked_to_stop)
+        batches.close()
+        checkpoints.close()
+        report = {} if stopped else finish(setup, state, codec, directory, progress)
+    return Summary(int(state.step), stopped, step._cache_size(), report)
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_data(config, split: str) -> list[tuple[sources.Source, float]]:
+    """The sources of `config.data.name` with their sampling weights."""
+    return [(sources.open_source(name, config.data.path, split), w) for name, w in schema.mixture(config.data.name)]
+
+
+def _layout(method, config, codec: Codec):
+    return lambda record, index: method.layout(record, index, config, codec)
+
+
+def settle(config, directory: Path, method, codec: Codec, model_config, data, shards: int):
+    """Decides once what depends on the data and the machine, and keeps it in the workdir's config.json.
+
+    Returns (config with nothing left open, the batch's Budgets, lines worth saying). A workdir that was begun before
+    keeps its decisions; raises UserError where the config that comes now would change trained numbers.
+    """
+    file, notes = directory / workdir.CONFIG, []
+    if file.exists():
+        old, measured = schema.read(file)
+        notes = schema.check_resume(old, config)
+    else:
+        measured = {"budgets": dataclasses.asdict(_choose_budgets(config, method, codec, model_config, data, shards))}
+    budgets = packing.Budgets(**measured["budgets"])
+    if budgets.groups % shards:
+        raise UserError(f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
+                        "(config.mesh.replica x config.mesh.fsdp); expected a multiple")
+    directory.mkdir(parents=True, exist_ok=True)
+    schema.write(config, file, measured)
+    chosen = {name: getattr(budgets, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
+    remat = config.model.remat
+    if remat == "auto":
+        remat = "none" if jax.default_backend() == "cpu" else "full"
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **chosen),
+        model=dataclasses.replace(config.model, remat=remat),
+    )
+    return config, budgets, notes
+
+
+def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int) -> packing.Budgets:
+    """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept."""
+    vision, names = model_config.vision, ("rows", "tokens", "patches", "image_patches")
+    sample = []
+    for source, weight in data:
+        count = max(1, round(config.data.sample * weight))
+        sample += pipeline.sample_examples(source, _layout(method, config, codec), codec, count)
+    # Sources alternate in the data order; a seeded shuffle stands for that.
+    np.random.default_rng(config.seed).shuffle(sample)
+    budgets = packing.choose_budgets(
+        sample, batch_size=config.train.batch_size, groups=config.data.groups or shards, micro=config.train.accumulate,
+        window_patches=vision.window_patches, merge_unit=vision.merge_unit, row_tokens=config.data.row_tokens,
+        slots=method.slots(config),
+    )
+    return dataclasses.replace(budgets, **{n: getattr(config.data, n) for n in names if getattr(config.data, n)})
+
+
+# ---------------------------------------------------------------- state
+
+
+def _shape_file(config, origin: Path) -> Path:
+    """Where the model's shape stands: a preset for random weights, else the checkpoint's own config.json."""
+    named = config.model.init == "random" and config.model.preset
+    return schema.PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
+
+
+def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
+    """Our path -> dtype in the checkpoint; nothing for random weights."""
+    if config.model.init == "random":
+        return {}
+    return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
+
+
+def restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState | None, dict]:
+    """The newest checkpoint's state and where its data stood, or (None, {})."""
+    if checkpoints.latest() is None:
+        return None, {}
+    abstract = setup.abstract()
+    found, batches_state, _ = checkpoints.restore(None, _items(abstract))
+    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state
+
+
+def save(checkpoints: Checkpoints, state: TrainState, batches: pipeline.BatchIterator) -> None:
+    """Begins to write the state and where its data stands."""
+    checkpoints.save(int(state.step), _items(state), batches.get_state())
+
+
+def _items(state: TrainState) -> dict:
+    """The checkpoint's items: trees only, and only those that hold something (`frozen` may be empty)."""
+    items = {**state._asdict(), "step": {"step": state.step}}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
+def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Budgets) -> TrainState:
+    """Lets the method measure on the first records what it needs before step one (latent statistics)."""
+    method, config = setup.method, setup.config
+    if not hasattr(method, "fit"):
+        return state
+    source = data[0][0]
+    count = min(len(source), config.latent.statistics_examples)
+    picked = (source[index * len(source) // count] for index in range(count))
+    examples = (codec.lay_out(method.fit_layout(record, index, config, codec)) for index, record in enumerate(picked))
+    model = setup.build(state.trainable, state.frozen)
+    values = method.fit(model, pipeline.batches(examples, budgets), config)
+    placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
+    return state._replace(frozen={**state.frozen, **placed})
+
+
+def describe(setup: Setup, state: TrainState) -> str:
+    """One line: how much is trained and frozen, where, and in which dtype it computes."""
+    trained, frozen = (sum(a.size for a in arrays.values()) for arrays in (state.trainable, state.frozen))
+    mesh = "x".join(str(size) for size in setup.mesh.shape.values())
+    return (f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {mesh} (replica x fsdp x tp) of "
+            f"{setup.mesh.devices.flat[0].device_kind}")
+
+
+# ---------------------------------------------------------------- loop
+
+
+def loop(setup: Setup, state: TrainState, step, batches: Iterator, checkpoints: Checkpoints, metrics: Metrics,
+         progress: Progress, asked_to_stop) -> tuple[TrainState, bool]:
+    """Runs the steps that are left. Returns (state, whether a signal ended it early)."""
+    config = setup.config
+    place = sharding.batch_sharding(setup.mesh)
+    ledger = flops.Ledger(setup.model_config, config.model.trainable, setup.mesh.devices.flat[0].device_kind,
+                          setup.mesh.size)
+    pending, done = None, int(state.step)
+    ended = time.monotonic()
+
+    def report(pending) -> None:
+        """Fetches a finished step's numbers: one step late, so that the device never waits for the host."""
+        nonlocal ended
+        number, batch, found, waited = pending
+        values = {name: float(value) for name, value in jax.device_get(found).items()}
+        now = time.monotonic()
+        seconds, ended = now - ended, now
+        work = flops.count(batch)
+        values = {"examples": int(batch["example_mask"].sum())} | values | {
+            "tokens_per_second": int((batch["segment_ids"] > 0).sum()) / seconds,
+            **ledger.utilisation(work, seconds),
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+        }
+        if metrics.due(number):
+            metrics.write(number, values)
+        progress.update(number, values)
+        if not np.isfinite(values["loss/total"]):
+            raise UserError(f"step {number}: the loss is {values['loss/total']}; the checkpoints before it are whole. "
+                            "Expected a finite loss: try a lower config.train.learning_rate or config.train.clip")
+
+    while done < config.train.steps:
+        asked = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - asked
+        state, found = step(state, jax.device_put(batch, place))
+        if pending:
+            report(pending)
+        done += 1
+        pending = (done, batch, found, waited)
+        last, stop = done == config.train.steps, asked_to_stop()
+        if last or stop or checkpoints.due(done):
+            # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
+            report(pending)
+            pending = None
+            save(checkpoints, state, batches)
+        if stop and not last:
+            checkpoints.wait()
+            progress.say(f"stopped after step {done}; the same command goes on from there")
+            return state, True
+    return state, False
+
+
+def finish(setup: Setup, state: TrainState, codec: Codec, directory: Path, progress: Progress) -> dict[str, float]:
+    """The HF export, and what the method's report finds on held-out data."""
+    if setup.config.checkpoint.export:
+        export(setup, state, directory)
+        progress.say(f"HF checkpoint: {directory / 'hf'}")
+    if not getattr(setup.method, "REPORT", ""):
+        return {}
+    reporter = importlib.import_module(setup.method.REPORT)
+    return reporter.run(setup.build(state.trainable, state.frozen), setup.config, codec, directory, progress.say)
+
+
+def export(setup: Setup, state: TrainState, directory: Path) -> None:
+    """Writes WORKDIR/hf: a plain HF checkpoint, and the latent head beside it."""
+    vlm, head = workdir.split({**state.trainable, **state.frozen})
+    latent = getattr(setup.config, "latent", None)
+    hf_export.save(
+        directory / "hf", vlm, setup.model_config, source=directory / workdir.ORIGIN,
+        latent=(jax.device_get(head), dataclasses.asdict(latent)) if head else None,
+    )

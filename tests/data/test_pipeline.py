@@ -1,0 +1,228 @@
+"""The iterator of batches: order, epochs, mixtures, processes, resume at any step, broken records."""
+
+import io
+import itertools
+import json
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from latent_jax.data import pipeline
+from latent_jax.data.layout import Image, Layout, Text
+from latent_jax.data.packing import Budgets, choose_budgets
+from latent_jax.errors import UserError
+from tests.data import tiny_codec
+
+BUDGETS = Budgets(micro=1, groups=2, rows=1, tokens=96, patches=64, examples=3, slots=0, channels=588, image_patches=16)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    return tiny_codec.codec(tmp_path_factory.mktemp("tiny"))
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    size = 28 * (1 + seed % 2), 56
+    PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def records(count, prefix="r"):
+    return [{"key": f"{prefix}{i}", "images": [png(i)], "captions": [f"{prefix} {i} " + "ball " * (i % 5)]}
+            for i in range(count)]
+
+
+def layout(record, index):
+    """Shows the sample's place and key, and dawdles so that threads finish out of order."""
+    time.sleep(0.002 * (index % 3))
+    return Layout(tuple(record["images"]), (Image(0), Text(f"#{index}:{record['key']}#", True)), key=record["key"])
+
+
+def make(source, codec, **options):
+    defaults = {"layout_fn": layout, "codec": codec, "budgets": BUDGETS, "seed": 3}
+    return pipeline.make_dataset(source, **{**defaults, **options})
+
+
+def shown(batch, codec):
+    """(place in the global order, record key) of every example, in slot order."""
+    found = []
+    for *group, slot in zip(*np.nonzero(batch["example_mask"]), strict=True):
+        tokens, segments = (batch[name][tuple(group)] for name in ("tokens", "segment_ids"))
+        row, segment = (batch[name][*group, slot] for name in ("example_row", "example_segment"))
+        text = codec.tokenizer.decode(tokens[row][segments[row] == segment], skip_special_tokens=True)
+        index, key = text.strip("#").split(":")
+        found.append((int(index), key))
+    return found
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], name)
+
+
+def order(iterator, codec, count=None):
+    return [item for batch in itertools.islice(iterator, count) for item in shown(batch, codec)]
+
+
+def test_one_epoch_in_order_gives_every_record_once(codec):
+    found = order(make(records(20), codec, shuffle=False, epochs=1), codec)
+    assert sorted(found) == [(i, f"r{i}") for i in range(20)]
+
+
+def test_batches_do_not_depend_on_threads_or_prefetch(codec):
+    runs = [list(make(records(17), codec, epochs=2, threads=threads, prefetch=prefetch))
+            for threads, prefetch in ((0, 1), (1, 3), (5, 2))]
+    for batches in zip(*runs, strict=True):
+        equal(batches[0], batches[1])
+        equal(batches[0], batches[2])
+
+
+def test_every_epoch_is_a_new_order_of_all_records(codec):
+    found = sorted(order(make(records(15), codec, epochs=3), codec))
+    epochs = [[key for _, key in found[start:start + 15]] for start in (0, 15, 30)]
+    assert [index for index, _ in found] == list(range(45))
+    assert all(sorted(epoch) == sorted(f"r{i}" for i in range(15)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    other = sorted(order(make(records(15), codec, epochs=1, seed=4), codec))
+    assert [key for _, key in other] != epochs[0]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": None, "threads": 1}, {"epochs": 2, "shuffle": False}])
+def test_resumes_to_the_bit_at_every_step(codec, options):
+    source = records(13)
+    source[4]["images"] = [b"broken"]
+    iterator = make(source, codec, **options)
+    states, expected, skipped = [iterator.get_state()], [], []
+    for batch in itertools.islice(iterator, 6):
+        expected.append(batch)
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        skipped.append(iterator.skipped)
+    iterator.close()
+    assert skipped[-1] >= 1
+    for step, state in enumerate(states):
+        again = make(source, codec, **options)
+        again.set_state(state)
+        assert again.get_state() == states[step]
+        for position in range(step, len(expected)):
+            equal(next(again), expected[position])
+            assert again.skipped == skipped[position] and again.get_state() == states[position + 1]
+        again.close()
+
+
+def test_an_iterator_can_be_set_back_and_closed_midway(codec):
+    iterator = make(records(13), codec, epochs=None)
+    first = next(iterator)
+    state = iterator.get_state()
+    second, _ = next(iterator), next(iterator)
+    iterator.set_state(state)
+    equal(next(iterator), second)
+    iterator.set_state(make(records(13), codec).get_state())
+    equal(next(iterator), first)
+    iterator.close()
+    equal(next(iterator), second)
+    with pytest.raises(UserError, match="next_index"):
+        iterator.set_state({"next_index": 3})
+
+
+def test_a_finished_iterator_resumes_as_finished(codec):
+    iterator = make(records(5), codec, epochs=1)
+    assert len(list(iterator)) == 1 and next(iterator, None) is None
+    again = make(records(5), codec, epochs=1)
+    again.set_state(iterator.get_state())
+    assert next(again, None) is None
+
+
+def test_mixture_follows_its_weights(codec):
+    mixture = [(records(40, "a"), 3.0), (records(40, "b"), 1.0)]
+    found = sorted(order(make(mixture, codec, epochs=None), codec, 8))[:40]
+    assert [index for index, _ in found] == list(range(40)), "places count over the mixture"
+    assert sum(key.startswith("a") for _, key in found) == 30
+    assert len({key for _, key in found}) == 40
+
+
+def test_processes_share_the_order(codec):
+    whole = dict(order(make(records(24), codec, epochs=1), codec))
+    parts = [make(records(24), codec, epochs=1, process_index=p, process_count=2) for p in range(2)]
+    batches = [list(part) for part in parts]
+    assert batches[0][0]["tokens"].shape[:2] == (1, 1)
+    for process in range(2):
+        found = [item for batch in batches[process] for item in shown(batch, codec)]
+        assert sorted(found) == [(i, whole[i]) for i in range(process, 24, 2)]
+    with pytest.raises(UserError, match="3 processes"):
+        make(records(4), codec, process_count=3)
+
+
+def test_broken_and_oversized_records_are_skipped_and_counted(codec):
+    source = records(12)
+    source[2]["images"] = [png(2)[:60]]
+    source[7]["key"] = "long " * 60
+    iterator = make(source, codec, shuffle=False, epochs=1)
+    keys = {key for _, key in order(iterator, codec)}
+    assert keys == {f"r{i}" for i in range(12)} - {"r2", "r7"}
+    assert iterator.skipped == 2
+    messages = iterator.get_state()["broken"]
+    assert "r2" in messages[0] and "budget of 96" in messages[1]
+
+
+def test_too_many_broken_records_are_an_error_that_names_the_first(codec):
+    source = records(10)
+    source[5]["images"] = [b"broken"]
+    iterator = make(source, codec, shuffle=False, epochs=None)  # a tenth, above the twentieth that is let pass
+    seen = 0
+    with pytest.raises(UserError, match=r"11 of 106 records are broken, more than 5%: record 'r5'") as caught:
+        for batch in iterator:
+            seen += batch["example_mask"].sum()
+    assert str(caught.value).count("'r5'") == 1 and seen > 70, "not before a hundred were seen"
+    allowed = make(source, codec, shuffle=False, epochs=15, max_broken=0.15)
+    assert sum(batch["example_mask"].sum() for batch in allowed) == 135 and allowed.skipped == 15
+
+
+def test_nothing_but_broken_records_is_an_error(codec):
+    source = [{"key": "k", "images": [b""], "captions": ["x"]}]
+    with pytest.raises(UserError, match="no usable record.*'k'"):
+        list(make(source, codec, epochs=1))
+    with pytest.raises(UserError, match="empty"):
+        make([], codec)
+    with pytest.raises(UserError, match="positive"):
+        make([(records(2), 1.0), (records(2), 0.0)], codec)
+
+
+def test_a_programming_error_is_not_taken_for_a_broken_record(codec):
+    def fails(record, index):
+        raise KeyError("captoins")
+
+    with pytest.raises(KeyError, match="captoins"):
+        next(make(records(3), codec, layout_fn=fails))
+
+
+def test_no_thread_outlives_its_iterator(codec):
+    iterator = make(records(9), codec, epochs=None)
+    next(iterator)
+    worker = iterator._worker._thread
+    del iterator
+    worker.join(10)
+    assert not worker.is_alive() and worker not in threading.enumerate()
+
+
+def test_sampled_examples_choose_budgets_that_hold_the_data(codec):
+    source = records(30)
+    source[0]["images"] = [b"broken"]
+    sample = pipeline.sample_examples(source, layout, codec, 10)
+    assert len(sample) == 9 and all(example.patches.shape[1] == 588 for example in sample)
+    assert [example.key for example in sample] == [f"r{i}" for i in range(3, 30, 3)]
+    budgets = choose_budgets(sample, batch_size=8, groups=2, window_patches=16)
+    iterator = make(source, codec, budgets=budgets, epochs=1)
+    assert sum(batch["example_mask"].sum() for batch in iterator) == 29 and iterator.skipped == 1
+    with pytest.raises(UserError, match="no usable record.*'r0'"):
+        pipeline.sample_examples(source, layout, codec, 1)
+
+
+def test_evaluation_batches_hold_every_example_once_in_order(codec):
+    examples = [codec.lay_out(layout(record, i)) for i, record in enumerate(records(8))]
+    found = [item for batch in pipeline.batches(examples, BUDGETS) for item in shown(batch, codec)]
+    assert sorted(found) == [(i, f"r{i}") for i in range(8)]

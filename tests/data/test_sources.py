@@ -1,0 +1,155 @@
+"""Sources give back what the official files say, from any thread, without TensorFlow."""
+
+import concurrent.futures
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latent_jax.data import scenes, sources
+from latent_jax.data.builders.build import build, build_scenes
+from latent_jax.errors import UserError
+
+SIZES = {"train": 30, "validation": 9, "compositional": 3}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "scenes"
+    build_scenes(folder, seed=1, sizes=SIZES)
+    return folder
+
+
+def official(folder, split):
+    """Records read straight from the official files, in their order."""
+    coco = json.loads((folder / f"raw/coco/annotations/captions_{split}.json").read_text())
+    questions = json.loads((folder / f"raw/gqa/questions/{split}_balanced_questions.json").read_text())
+    graphs = json.loads((folder / f"raw/gqa/sceneGraphs/{split}_sceneGraphs.json").read_text())
+    for image in coco["images"]:
+        key = str(image["id"])
+        yield {
+            "key": key,
+            "images": [(folder / "raw/coco" / split / image["file_name"]).read_bytes()],
+            "captions": [note["caption"] for note in coco["annotations"] if note["image_id"] == image["id"]],
+            "questions": [{"id": i, **q} for i, q in questions.items() if q["imageId"] == key],
+            "scene_graph": graphs[key],
+        }
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_records_are_those_of_the_official_files(prepared, split):
+    captions = sources.open_source("scenes", prepared, split)
+    questions = sources.open_source("scenes_questions", prepared, split)
+    joined = sources.join(captions, questions)
+    expected = list(official(prepared, split))
+    assert len(captions) == len(questions) == len(joined) == len(expected) == SIZES[split]
+    for index, record in enumerate(expected):
+        graph = record.pop("scene_graph")
+        assert captions[index] == {**record, "questions": []}
+        assert questions[index] == {**record, "captions": [], "scene_graph": graph}
+        assert joined[index] == {**record, "scene_graph": graph}
+
+
+def test_the_same_files_under_their_own_names(prepared):
+    assert list(sources.open_source("coco_captions", str(prepared), "train")) == list(
+        sources.open_source("scenes", prepared, "train"))
+    assert list(sources.open_source("gqa", prepared, "train")) == list(
+        sources.open_source("scenes_questions", prepared, "train"))
+
+
+def test_sequence_habits(prepared):
+    source = sources.open_source("scenes", prepared, "validation")
+    assert source[-1] == source[np.int64(len(source) - 1)]
+    for index in (len(source), -len(source) - 1):
+        with pytest.raises(IndexError):
+            source[index]
+    assert list(pickle.loads(pickle.dumps(source))) == list(source)
+    assert repr(source) == repr(sources.open_source("scenes", prepared, "validation"))
+
+
+def test_many_threads_read_the_same(prepared):
+    once = list(sources.open_source("scenes_questions", prepared, "train"))
+    source = sources.open_source("scenes_questions", prepared, "train")
+    order = np.random.default_rng(0).integers(0, len(once), 600).tolist()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.__getitem__, order)) == [once[index] for index in order]
+
+
+def test_join_keeps_what_both_have(prepared):
+    captions = sources.open_source("scenes", prepared, "validation")
+    # GQA's imageId is text and need not be padded as COCO's file names are.
+    questions = [{"key": f"{int(captions[i]['key']):012}", "images": [], "captions": [], "questions": [{"id": str(i)}]}
+                 for i in (7, 2)]
+    joined = sources.join(captions, [*questions, {"key": "n161313", "questions": []}])
+    assert [(record["key"], record["questions"]) for record in joined] == [
+        (captions[2]["key"], [{"id": "2"}]), (captions[7]["key"], [{"id": "7"}])]
+    assert joined[0]["captions"] == captions[2]["captions"]
+    with pytest.raises(UserError, match="no image in common"):
+        sources.join(captions, sources.open_source("scenes_questions", prepared, "train"))
+
+
+def test_what_is_missing_is_named(prepared, tmp_path):
+    with pytest.raises(UserError, match="data.name='coco'.*coco_captions.*scenes_questions"):
+        sources.open_source("coco", prepared, "train")
+    with pytest.raises(UserError, match="no split 'dev'.*validation"):
+        sources.open_source("scenes", prepared, "dev")
+    with pytest.raises(UserError, match=rf"{tmp_path}.*latent_jax.prepare --dataset=gqa --raw=RAW --output={tmp_path}"):
+        sources.open_source("gqa", tmp_path, "train")
+    with pytest.raises(UserError, match="--dataset=scenes --output="):
+        sources.open_source("scenes", tmp_path, "train")
+    with pytest.raises(UserError, match="data.path is empty.*--dataset=coco_captions"):
+        sources.open_source("coco_captions", "", "train")
+
+
+def test_scenes_are_made_once_on_first_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scenes, "SIZES", {"train": 4, "validation": 2})
+    first = sources.open_source("scenes", "", "train")
+    assert len(first) == 4
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert scenes.VERSION in folder.name and "seed0" in folder.name and "4-2" in folder.name
+    stamp = folder.stat().st_mtime_ns
+    assert len(sources.open_source("scenes_questions", "", "validation")) == 2
+    assert folder.stat().st_mtime_ns == stamp and list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_losing_the_race_for_the_cache_is_fine(tmp_path, monkeypatch, prepared):
+    """Another process finishes first, while this one is still writing."""
+    monkeypatch.setenv("LATENT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(scenes, "SIZES", {"train": 4})
+    write = scenes.write
+
+    def overtaken(directory, **options):
+        write(directory, **options)
+        (name,) = {path.name.split(".scenes", 1)[1].rsplit(".", 2)[0] for path in tmp_path.iterdir()}
+        shutil.copytree(prepared, tmp_path / f"scenes{name}")
+
+    monkeypatch.setattr(scenes, "write", overtaken)
+    assert len(sources.open_source("scenes", "", "train")) == SIZES["train"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_building_and_reading_import_neither_tensorflow_nor_jax(prepared, tmp_path):
+    program = f"""
+import sys
+from latent_jax.data import sources
+from latent_jax.data.builders.build import build
+heavy = {{"tensorflow", "jax", "torch", "grain", "transformers"}}
+assert "tensorflow_datasets" not in sys.modules
+build("coco_captions", {str(prepared / "raw" / "coco")!r}, {str(tmp_path)!r})
+assert len(sources.open_source("coco_captions", {str(tmp_path)!r}, "train")[3]["captions"]) == 4
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_prepared_bytes_depend_on_the_input_alone(prepared, tmp_path):
+    build("gqa", prepared / "raw" / "gqa", tmp_path)
+    files = sorted((prepared / "gqa").rglob("*.array_record*"))
+    assert len(files) == len(SIZES)
+    for file in files:
+        assert (tmp_path / file.relative_to(prepared)).read_bytes() == file.read_bytes()

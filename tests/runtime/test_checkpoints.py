@@ -1,0 +1,145 @@
+"""Checkpoints: a round trip on any mesh, partial reads, clear errors, and nothing half-written after a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from latent_jax.errors import UserError
+from latent_jax.runtime.checkpoints import Checkpoints
+
+
+def sharded(count):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("fsdp",))
+    return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
+def make_state():
+    weights = {
+        "matrix": jax.device_put(jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8), sharded(8)),
+        "blocks": [jax.random.normal(jax.random.key(0), (3,)), jnp.int32(7)],
+    }
+    return {"params": weights, "optimizer": optax.adamw(1e-3).init(weights)}
+
+
+def abstract(state, sharding=None):
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if x.ndim == 2 else x.sharding)
+    return jax.tree.map(struct, state)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return make_state()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(directory, every=5, keep=2) as checkpoints:
+        for step in (5, 10, 15):
+            assert checkpoints.save(step, state, {"next": step}, {"fill": 0.5})
+        assert not checkpoints.save(15, state, {"next": 99})
+        checkpoints.wait()
+    return directory
+
+
+def test_layout_and_keep(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["10", "15"]
+    assert {"params", "optimizer", "iterator", "extra"} <= {path.name for path in (saved / "15").iterdir()}
+
+
+def test_due():
+    assert [step for step in range(1, 12) if Checkpoints("unused", every=5, read_only=True).due(step)] == [5, 10]
+
+
+@pytest.mark.parametrize("devices", [8, 2])
+def test_restore_is_bit_equal_on_another_mesh(saved, state, devices):
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        restored, iterator, extra = checkpoints.restore(None, abstract(state, sharded(devices)))
+    assert_same(restored, state)
+    assert restored["params"]["matrix"].sharding == sharded(devices)
+    assert (iterator, extra) == ({"next": 15}, {"fill": 0.5})
+
+
+def test_parameters_alone_as_numpy(saved, state):
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        params = checkpoints.restore_item(10, "params")
+        assert checkpoints.extra(10) == {"fill": 0.5}
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    assert_same(params, state["params"])
+
+
+def test_reading_needs_no_writing(saved, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint; expected a directory STEP/"):
+        Checkpoints(tmp_path / "nowhere", read_only=True).restore_item(None, "params")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_errors_name_what_is_wrong(saved, state):
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="no checkpoint of step 11; there are 10, 15"):
+            checkpoints.restore(11, abstract(state))
+        with pytest.raises(UserError, match=r"15: no item 'weights'; the checkpoint holds .*params"):
+            checkpoints.restore_item(None, "weights")
+        wrong = {"matrix": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16), "blocks": state["params"]["blocks"]}
+        with pytest.raises(UserError, match=r"params\.matrix is \(8, 8\) in the checkpoint, expected \(8, 4\)"):
+            checkpoints.restore_item(None, "params", wrong)
+        with pytest.raises(UserError, match=r"params\.blocks\.0 is \(3,\) in the checkpoint, expected absent"):
+            checkpoints.restore_item(None, "params", {"matrix": abstract(state)["params"]["matrix"]})
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"params": {"w": jnp.zeros((512, 512))}}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            state = bump(state)
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        assert [float(checkpoints.restore_item(step, "params")["w"].max()) for step in (1, 2, 3)] == [1, 2, 3]
+
+
+WRITER = """
+import sys, jax.numpy as jnp
+from latent_jax.runtime.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+for step in range((checkpoints.latest() or 0) + 1, 10_000):
+    checkpoints.save(step, {"params": [jnp.full((256, 256), float(step)) for _ in range(8)]}, {"next": step})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_during_a_save_leaves_only_whole_steps(tmp_path):
+    """Killed at several moments of its saves, a writer never leaves a latest step that cannot be read."""
+    before = 0
+    for delay in (0.0, 0.013, 0.031):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4):
+            assert writer.stdout.readline()
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        with Checkpoints(tmp_path, read_only=True) as checkpoints:
+            step = checkpoints.latest()
+            params = checkpoints.restore_item(step, "params")
+            assert checkpoints.restore(step, {})[1] == {"next": step}
+        assert step > before and all((leaf == step).all() for leaf in params)
+        before = step
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(before + 1, {"params": [jnp.zeros(2)]}, {})
+        checkpoints.wait()
+    assert all(path.name.isdigit() for path in tmp_path.iterdir())

@@ -1,0 +1,54 @@
+"""Versions and commit: true where they can be known, None where not."""
+
+import subprocess
+import sys
+
+import jax
+
+from latent_jax.runtime import provenance
+
+
+def git(directory, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    ended = subprocess.run(["git", *identity, *arguments], cwd=directory, capture_output=True, text=True, check=True)
+    return ended.stdout.strip()
+
+
+def checkout(tmp_path, monkeypatch):
+    """A repository in which this module seems to lie."""
+    module = tmp_path / "latent_jax" / "runtime" / "provenance.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(module))
+    return module
+
+
+def test_versions():
+    found = provenance.versions()
+    assert found["jax"] == jax.__version__ and found["python"] == sys.version.split()[0]
+
+
+def test_commit_with_a_mark_for_changed_files(tmp_path, monkeypatch):
+    module = checkout(tmp_path, monkeypatch)
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message=first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert provenance.git_commit() == commit
+    (tmp_path / "untracked").write_text("")
+    assert provenance.git_commit() == commit
+    module.write_text("changed")
+    assert provenance.git_commit() == commit + "+"
+
+
+def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    checkout(tmp_path / "site-packages", monkeypatch)
+    git(tmp_path, "init", "--quiet")
+    assert provenance.git_commit() is None
+
+
+def test_no_commit_without_git(tmp_path, monkeypatch):
+    checkout(tmp_path, monkeypatch)
+    git(tmp_path, "init", "--quiet")
+    monkeypatch.setenv("PATH", "")
+    assert provenance.git_commit() is None
