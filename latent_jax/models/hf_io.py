@@ -185,7 +185,7 @@ def load(
 
     # Threads overlap reading and copying; besides, the caller's mesh context, under which jax takes no array that lives
     # on one device only, is not theirs.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(weights, pool.map(place, weights), strict=True))
 
 
@@ -222,7 +222,11 @@ def _transfer(weight: FileWeight, index: tuple[slice, ...], dtype: np.dtype, dev
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_block(buffer: jax.Array, block: jax.Array, start: list) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, block, start)
+    """As bits: XLA:CPU computes on bfloat16 in float32, which is slow and would quieten signalling NaNs."""
+    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    placed = jax.lax.dynamic_update_slice(as_bits(buffer), as_bits(block), start)
+    return jax.lax.bitcast_convert_type(placed, buffer.dtype)
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:

@@ -1,9 +1,9 @@
 """Runs a builder so that its output appears only when it is complete."""
 
 import contextlib
+import io
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ def _run(name, raw, data_dir, max_bad):
     from latent_jax.data.builders.gqa import Gqa
 
     builder = {"coco_captions": CocoCaptions, "gqa": Gqa}[name](raw=raw, max_bad=max_bad, data_dir=data_dir)
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself on standard output
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of its temporary folders
         builder.build()
     return [line for tally in builder.tallies for line in tally.lines()]
 

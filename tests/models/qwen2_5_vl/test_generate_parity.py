@@ -1,0 +1,93 @@
+"""Greedy generation through the facade, token for token against `generate` of stock transformers."""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import latent_jax
+from latent_jax import generate
+from latent_jax.data.layout import Image, Imagined, Layout, Text
+from tests.reference import ours, theirs
+from tests.reference.checkpoints import edit_json, saved
+from tests.reference.conversations import CLIPS, STILLS, picture
+
+NEW = 24
+# Texts of several lengths, one image, two images; and a clip whose time runs past the text's positions.
+MIXED = [STILLS[0], STILLS[1], STILLS[2], CLIPS[2], CLIPS[0]]
+
+
+def expected(directory, model, conversations, eos, **options):
+    inputs = theirs.Processor.of(directory)(conversations, padding_side="left", **options)
+    return theirs.generate(model, inputs, NEW, eos, pad=0)
+
+
+@pytest.mark.parametrize("name", ["as_published", "first_full_tied"])
+def test_batch_equals_single_equals_transformers(name):
+    directory, model = saved(name)
+    vlm = latent_jax.load(directory)
+    batch = vlm.generate_ids(MIXED, NEW)
+    assert batch == expected(directory, model, MIXED, vlm.eos)
+    assert batch == [expected(directory, model, [messages], vlm.eos)[0] for messages in MIXED]
+    for i in (0, 2):
+        assert vlm.generate_ids([MIXED[i]], NEW) == [batch[i]]
+    assert len({tuple(row) for row in batch}) == len(batch), "the rows do not depend on their prompts"
+    decode = vlm.codec.tokenizer.decode
+    assert vlm.generate(MIXED, NEW) == [decode(row, skip_special_tokens=True) for row in batch]
+
+
+def test_rows_stop_at_any_end_token_and_the_others_go_on(tmp_path):
+    directory, model = saved("as_published")
+    free = latent_jax.load(directory).generate_ids(MIXED, NEW)
+    # Ends that free generation says early in one row and later or never in others.
+    eos = (free[0][2], free[2][5])
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "generation_config.json", eos_token_id=list(eos))
+    found = latent_jax.load(tmp_path).generate_ids(MIXED, NEW)
+    assert found == expected(directory, model, MIXED, eos)
+    assert len({len(row) for row in found}) > 1
+
+
+def test_logits_of_the_facade_are_those_of_transformers():
+    directory, model = saved("as_published")
+    found = latent_jax.load(directory).logits(STILLS[2])
+    inputs = theirs.Processor.of(directory)([STILLS[2]])
+    want = model(**inputs).logits[0].detach().numpy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_encode_image_is_transformers_image_features():
+    directory, model = saved("as_published")
+    image = picture(84, 168, 30)
+    inputs = theirs.Processor.of(directory)([[{"role": "user", "content": [{"type": "image", "image": image}]}]])
+    want = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0].detach().numpy()
+    np.testing.assert_allclose(latent_jax.load(directory).encode_image(image), want, atol=1e-4 * np.abs(want).max())
+
+
+def test_true_visual_tokens_as_imagined_features_equal_the_image():
+    """In one row alone, and in a batch where another row holds an image of its own."""
+    loaded = ours.load(saved("as_published")[0])
+    model, images = loaded.model, (picture(84, 112, 31), picture(56, 84, 32))
+    before, after = Text("<|im_start|>user\nLook: "), Text(" and say what it is.")
+    seen = loaded.codec.lay_out(Layout(images, trunk=(before, Image(0), after, Image(1), after)))
+    imagined = loaded.codec.lay_out(Layout(images, trunk=(before, Imagined((3, 4)), after, Image(1), after)))
+    np.testing.assert_array_equal(seen.positions, imagined.positions)
+    np.testing.assert_array_equal(seen.tokens, imagined.tokens)
+
+    def logits(examples, given):
+        rows = generate.one_per_row(examples, loaded.config)
+        x = generate.embed(model, ours.on_device(rows.batch), given, rows.image_patches)
+        found = np.asarray(model.logits(model.decode(x, ours.on_device(rows.batch))[0]))[0]
+        return [row[:length] for row, length in zip(found, rows.lengths, strict=True)]
+
+    alone = generate.one_per_row([seen], loaded.config)
+    merged = model.encode(ours.on_device(alone.batch), image_patches=alone.image_patches)[0][0]
+    given = merged[seen.feature_index[seen.feature_index >= 0][:12]]
+    want = logits([seen], jnp.zeros((1, merged.shape[-1])))[0]
+    found = logits([seen, imagined, imagined], jnp.concatenate([given, given[::-1]]))
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(found[0], want, atol=1e-5 * scale)
+    np.testing.assert_allclose(found[1], want, atol=1e-5 * scale)
+    assert np.abs(found[2] - want).max() > 1e-2 * scale, "the features do not matter"
