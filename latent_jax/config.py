@@ -94,6 +94,7 @@ class Checkpoint:
 class Mesh:
     replica: int = option(1, "devices that hold copies of the shards; -1 = all that is left", low=-1)
     fsdp: int = option(-1, "devices that parameters and batch are sharded over; -1 = all that is left", low=-1)
+    cpu_devices: int = option(1, "devices that a CPU is divided into, one core each; ignored on accelerators", low=1)
     tp: int = option(1, "devices that heads and feed-forward are split over; -1 = all that is left", low=-1)
 
 
@@ -337,7 +338,7 @@ def _cross_check(config: Config) -> None:
             f"config.data.max_pixels = {data.max_pixels}"
         )
     mixture(data.name)
-    sizes = to_dict(mesh)
+    sizes = {axis: getattr(mesh, axis) for axis in ("replica", "fsdp", "tp")}
     for axis, size in sizes.items():
         if size == 0:
             raise UserError(f"config.mesh.{axis}: got 0, expected an integer >= 1, or -1 for all that is left")

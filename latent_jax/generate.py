@@ -71,11 +71,11 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
 
 
 def next_position(example: Example) -> int:
-    """M-RoPE position of the token after the prompt: past every axis (HF's rope_deltas).
+    """M-RoPE position of the token after the prompt, which ends in text.
 
-    That is one past the prompt's last text token, unless a long video's temporal positions reach further.
+    A long video's temporal positions may reach further; `generate` of transformers counts on from the text as well.
     """
-    return int(example.positions.max()) + 1
+    return int(example.positions[0, -1]) + 1
 
 
 def _frames(example: Example, channels: int) -> np.ndarray:

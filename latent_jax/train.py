@@ -19,7 +19,7 @@ from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import flops, preemption, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.runtime.devices import enable_compile_cache
+from latent_jax.runtime.devices import divide_cpu, enable_compile_cache
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.state import Setup, TrainState, first_state, make_setup
@@ -42,6 +42,7 @@ def run(config, directory: str | Path) -> Summary:
 
     Raises UserError for bad input. SIGTERM and SIGINT, once steps are running, save a checkpoint and return.
     """
+    divide_cpu(config.mesh.cpu_devices)
     enable_compile_cache()
     directory = Path(directory)
     method = importlib.import_module(f"latent_jax.methods.{config.method}")

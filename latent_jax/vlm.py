@@ -17,6 +17,7 @@ from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Image, Layout
 from latent_jax.errors import UserError
+from latent_jax.generate import Rows
 from latent_jax.methods import pretrain
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentHead, LatentVLM
@@ -102,7 +103,7 @@ class VLM:
             latents = pretrain.merge_latents(self.model.vlm, latents, self.latent.grid)
         return latents.reshape(-1, latents.shape[-1])
 
-    def _prompt(self, conversations: Sequence[Messages]) -> tuple[generate.Rows, jax.Array]:
+    def _prompt(self, conversations: Sequence[Messages]) -> tuple[Rows, jax.Array]:
         """Rows of the conversations, and what their `imagine` parts stand for."""
         texts = [part["text"] for messages in conversations for part in parts(messages) if part["type"] == "imagine"]
         given = self._features(self._imagine(texts)) if texts else jnp.zeros((1, self.config.text.hidden_size))

@@ -3,12 +3,17 @@
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import torch
 
+from latent_jax import config as schema
 from latent_jax import convert
 from latent_jax.errors import UserError
+from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl import hf_names
+from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.workdir import CHECKPOINTS, CONFIG, ORIGIN, Run
 from tests.models import tiny_hf
 
 
@@ -83,3 +88,47 @@ def test_the_module_is_a_command(tmp_path):
 def test_convert_raises_rather_than_exits_when_called_from_python(tmp_path):
     with pytest.raises(UserError):
         convert.convert(str(tmp_path / "nowhere"), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def workdir(made, tmp_path_factory):
+    """A run's workdir with two steps, trained weights as fp32 masters: step 20 is the source, step 10 its double."""
+    directory = tmp_path_factory.mktemp("run")
+    config = schema.resolve(schema.default())
+    schema.write(config, directory / CONFIG)
+    hf_export.keep_origin(made, directory / ORIGIN)
+    vlm = {f"vlm.{path}": array.astype(jnp.float32) for path, array in hf_io.load(made).items()}
+    structure = Run.of(directory).structure
+    heads = {path: jnp.full(structure.shape(path), 0.5) for path in structure.variables if path.startswith("head.")}
+    assert heads
+    frozen = {path: vlm.pop(path) for path in list(vlm) if path.startswith("vlm.vision.")}
+    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+        for step, scale in ((10, 2), (20, 1)):
+            trainable = {path: array * scale for path, array in {**vlm, **heads}.items()}
+            checkpoints.save(step, {"trainable": trainable, "frozen": frozen}, {})
+    return directory
+
+
+def test_a_workdir_is_exported_at_its_newest_step_with_its_head(made, workdir, tmp_path):
+    run(f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}")
+    expected = {hf_names.normalise(name): tensor for name, tensor in tiny_hf.read(made).items()}
+    assert tiny_hf.same_bits(tiny_hf.read(tmp_path / "out"), expected)
+    assert (tmp_path / "out" / "chat_template.jinja").exists()
+    tensors, latent = hf_export.load_latent(tmp_path / "out")
+    assert latent == Run.of(workdir).latent()
+    assert tensors and all((tensor == 0.5).all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("form", ["flag", "path"])
+def test_a_workdirs_step_is_exported(made, workdir, tmp_path, form):
+    path, flags = (workdir, ["--step=10"]) if form == "flag" else (workdir / CHECKPOINTS / "10", [])
+    run(f"--checkpoint={path}", f"--output={tmp_path / 'out'}", *flags)
+    name = "model.layers.2.mlp.down_proj.weight"
+    before, after = hf_io.Checkpoint.open(made).tensors[name], tiny_hf.read(tmp_path / "out")[name]
+    assert (after.float().numpy() == 2 * before.astype("float32")).all()
+
+
+def test_a_step_that_is_not_there_is_named(workdir, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):
+        convert.convert(str(workdir), tmp_path / "out", step=15)
+    assert not list(tmp_path.iterdir())

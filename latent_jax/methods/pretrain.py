@@ -76,11 +76,14 @@ def layout(record: dict, index: int, config, codec) -> Layout:
     choice = 0
     if config.latent.captions == "random":
         choice = int(np.random.default_rng((config.seed, index)).integers(len(captions)))
-    # Evenly spread over the data order, so that every batch holds its share exactly.
-    replay = config.data.replay
-    if int((index + 1) * replay) > int(index * replay):
+    if _replayed(index + 1, config.data.replay) > _replayed(index, config.data.replay):
         return describe(record, captions[choice], codec)
     return imagine_layout(captions[choice], config.latent, images=tuple(record["images"][:1]), key=record["key"])
+
+
+def _replayed(count: int, share: float) -> int:
+    """How many of the first `count` examples are replay: evenly spread, so that every batch holds its share exactly."""
+    return math.floor(count * share + 1e-6)  # 22 * (15 / 22) is a little less than 15
 
 
 def imagine_layout(caption: str, latent: Latent, images: tuple = (), key: str = "") -> Layout:

@@ -54,7 +54,12 @@ class Origin:
 
 
 def keep_origin(source: str | Path, destination: str | Path) -> None:
-    """Copies into a workdir what its exports need of the checkpoint it starts from: small files, dtypes, sharding."""
+    """Copies into a workdir what its exports need of the checkpoint it starts from: small files, dtypes, sharding.
+
+    With many processes the first one does.
+    """
+    if jax.process_index() != 0:
+        return
     source, destination = hf_io.resolve(source), Path(destination).resolve()
     origin = Origin.of(source)
     with _staged(destination) as partial:

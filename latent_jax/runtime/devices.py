@@ -1,5 +1,6 @@
 """What a process sets up once, before its first computation."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,15 @@ def compile_cache_directory() -> Path | None:
     if chosen is None:
         return Path.home() / ".cache" / "latent_jax" / "xla"
     return Path(chosen).absolute() if chosen else None
+
+
+def divide_cpu(count: int) -> None:
+    """Makes a CPU show itself as `count` devices. XLA runs most of a small model's operations on one thread each, so a
+    device a core is how a small model uses them all. Nothing happens on accelerators, or once jax has started.
+    """
+    if count > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def enable_compile_cache() -> None:

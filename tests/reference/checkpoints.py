@@ -22,7 +22,8 @@ SHAPES = {
     "last_full": dict(heads=(1, 1, 128), sections=(16, 24, 24), vision=(2, 32), window=168, full=(2,), depth=3),
     "none_full_tied": dict(heads=(4, 2, 16), sections=(2, 3, 3), vision=(1, 128), window=56, full=(), tied=True),
     "all_full": dict(heads=(4, 1, 16), sections=(4, 2, 2), vision=(2, 64), window=112, full=(0, 1)),
-    "wide_window": dict(heads=(6, 3, 16), sections=(2, 3, 3), vision=(3, 16), window=168, full=(0, 2), depth=3, theta=1e4),
+    "wide_window": dict(heads=(6, 3, 16), sections=(2, 3, 3), vision=(3, 16), window=168, full=(0, 2), depth=3,
+                        theta=1e4),
     "two_wide_heads": dict(heads=(2, 1, 128), sections=(16, 24, 24), vision=(2, 80), window=112, full=(1,), tied=True),
     "small_patches": dict(heads=(2, 1, 32), sections=(4, 6, 6), vision=(2, 16), window=48, full=(1,), patch=8),
     "merge_four": dict(heads=(2, 2, 32), sections=(8, 4, 4), vision=(2, 16), window=112, full=(1,), merge=4),
@@ -71,7 +72,8 @@ def model(name: str, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
                 is_norm = "norm" in parameter_name or "ln_q" in parameter_name
                 parameter.normal_(1.0 if is_norm else 0.0, 0.2)
             elif "embed_tokens" in parameter_name:
-                parameter.normal_(0.0, 1.0)
+                # Small beside what the layers add: tied, large ones would predict the last token again and again.
+                parameter.normal_(0.0, 0.2)
             else:
                 parameter.normal_(0.0, 1.2 * parameter[0].numel() ** -0.5)
     return made
@@ -92,8 +94,9 @@ def write(made: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
     for file in tokenizer_files()[0].iterdir():
         shutil.copy(file, directory)
     vision = made.config.vision_config
-    edit_json(directory / "preprocessor_config.json", patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
-              min_pixels=(vision.patch_size * vision.spatial_merge_size) ** 2, max_pixels=224 * 224)
+    side = vision.patch_size * vision.spatial_merge_size
+    edit_json(directory / "preprocessor_config.json", patch_size=vision.patch_size,
+              merge_size=vision.spatial_merge_size, min_pixels=side**2, max_pixels=224 * 224)
     return directory
 
 

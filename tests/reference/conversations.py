@@ -32,7 +32,7 @@ STILLS = [
     user(picture(84, 168, 3), picture(168, 84, 4), picture(56, 56, 5), "Which one has a cube? " * 3),
 ]
 CLIPS = [
-    user(([picture(84, 112, seed) for seed in range(6, 11)], 0.8), "What happens?"),
-    user(picture(84, 56, 11), "and", ([picture(56, 112, seed) for seed in (12, 13)], 2.0), "compare", picture(56, 84, 14)),
+    user(([picture(84, 112, seed) for seed in range(6, 11)], 0.1), "What happens?"),
+    user(picture(84, 56, 11), "and", ([picture(56, 112, seed) for seed in (12, 13)], 2.0), "or", picture(56, 84, 14)),
     user("No picture here, only words."),
 ]

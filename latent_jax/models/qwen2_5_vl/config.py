@@ -101,6 +101,8 @@ def from_json(source: dict | str | Path) -> Config:
             raise UserError(f"{path}: no such file; expected a Qwen2.5-VL config.json") from None
         except json.JSONDecodeError as problem:
             raise UserError(f"{path}: not JSON ({problem})") from None
+        if not isinstance(source, dict):
+            raise UserError(f"{path}: not a JSON object; expected a Qwen2.5-VL config.json")
     if source.get("model_type") != "qwen2_5_vl":
         raise UserError(f"config.json: model_type is {source.get('model_type')!r}, expected 'qwen2_5_vl'")
     return Config(

@@ -1,0 +1,87 @@
+"""Measures this project beside what else there is, both in one run.
+
+    python -m latent_jax.bench --what=parity [--model=DIR] [--dtype=float32] [--output=FILE]
+
+`parity` compares a checkpoint layer by layer with stock transformers (torch, on the CPU) in fp32 and bf16, on a
+generated picture and on words alone. Run it first on real weights. Exit status: 0 equal, 1 different, 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+from latent_jax.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m latent_jax.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--what", required=True, choices=tuple(WHAT), help="what to measure")
+    parser.add_argument("--model", default="", metavar="DIR", help="HF directory or hub id; default: the tiny model")
+    parser.add_argument("--against", default="torch", choices=("torch",), help="what ours is compared with")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one; default: both")
+    parser.add_argument("--max_new_tokens", type=int, default=16, metavar="N", help="greedy tokens compared")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write every number, as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        raise SystemExit(WHAT[options.what](options))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def measure_parity(options: argparse.Namespace) -> int:
+    """Prints a table a prompt and dtype and the verdict. Returns the exit status."""
+    from latent_jax import parity
+
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens: got {options.max_new_tokens}, expected at least 1")
+    dtypes = (options.dtype,) if options.dtype else parity.DTYPES
+    found = parity.compare(options.model, dtypes, options.max_new_tokens)
+    for comparison in found:
+        print("\n".join(_table(comparison)), end="\n\n")
+    failures = [f"{each.failed_at} ({each.dtype}, {each.prompt})" for each in found if each.failed_at]
+    if options.output:
+        _save(options.output, {
+            "model": options.model or "tiny_vl",
+            "thresholds": {"float32 relative": parity.TOLERANCE, "bfloat16 ratio": parity.RATIO},
+            "verdict": f"FAILED at {failures[0]}" if failures else "ok",
+            "comparisons": [dataclasses.asdict(each) | {"failed_at": each.failed_at} for each in found],
+        })
+    print(f"bounds: float32 {parity.TOLERANCE:g} of the layer's largest entry; bfloat16 {parity.RATIO:g} times (rms) "
+          "what torch's bfloat16 differs from its float32")
+    print(f"parity: FAILED at {failures[0]}" if failures else "parity: ok")
+    return 1 if failures else 0
+
+
+WHAT = {"parity": measure_parity}
+
+
+def _table(comparison) -> list[str]:
+    """Fixed-width lines: what is compared, a line a layer, the greedy tokens."""
+    judged = comparison.dtype == "bfloat16"
+    lines = [f"{comparison.dtype}, prompt '{comparison.prompt}': ours against torch"]
+    head = f"{'layer':<18} {'max |diff|':>11} {'/ largest':>11} {'cosine':>11}"
+    lines.append(head + (f" {'torch bf16/fp32':>16} {'rms ratio':>10}" if judged else ""))
+    for layer in comparison.layers:
+        line = f"{layer.name:<18} {layer.max_abs:>11.2e} {layer.relative:>11.2e} {layer.cosine:>11.8f}"
+        line += f" {layer.yardstick:>16.2e} {layer.ratio:>10.2f}" if judged else ""
+        lines.append(line + ("" if layer.ok else "  <- out of bounds"))
+    if comparison.parts_at is None:
+        return [*lines, f"greedy: {len(comparison.tokens)} tokens, all equal"]
+    place = f"token {comparison.parts_at + 1} of {len(comparison.their_tokens)}"
+    return [*lines, f"greedy: part at {place}, where theirs won by {comparison.margin:.1e} of the largest logit"]
+
+
+def _save(path: Path, content: dict) -> None:
+    from latent_jax.runtime import files, provenance
+
+    versions = provenance.versions() | {"torch": importlib.metadata.version("torch")}
+    files.write_text(path, json.dumps({**content, "versions": versions}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

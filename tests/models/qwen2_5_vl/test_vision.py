@@ -1,0 +1,112 @@
+"""The vision tower alone against transformers': every block, several images, padding, video frames."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from latent_jax import generate
+from latent_jax.data.layout import Image, Layout, Video
+from tests.reference import ours
+from tests.reference.checkpoints import saved
+from tests.reference.conversations import picture, user
+from tests.reference.theirs import Processor
+
+PICTURES = (picture(84, 168, 40), picture(140, 56, 41), picture(56, 56, 42))
+
+
+@functools.partial(jax.jit, static_argnames="image_patches", compiler_options=ours.QUICK)
+def encode(model, batch, image_patches):
+    return model.encode(batch, image_patches=image_patches, collect=True)
+
+
+def rows(loaded, images, part=Image):
+    example = loaded.codec.lay_out(Layout(tuple(images), trunk=tuple(part(i) for i in range(len(images)))))
+    return example, generate.one_per_row([example], loaded.config)
+
+
+@pytest.mark.parametrize("name", ["as_published", "none_full_tied", "wide_window"])
+def test_every_block_and_the_merger_equal_transformers(name):
+    directory, model = saved(name)
+    loaded = ours.load(directory)
+    example, made = rows(loaded, PICTURES)
+    merged, before, blocks = encode(loaded.model, ours.on_device(made.batch), made.image_patches)
+    inputs = Processor.of(directory)([user(*PICTURES)])
+    theirs = []
+    hooks = [block.register_forward_hook(lambda _, __, out: theirs.append(out)) for block in model.model.visual.blocks]
+    with torch.no_grad():
+        out = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+    for hook in hooks:
+        hook.remove()
+    patches = len(example.patches)
+    assert blocks.shape[0] == len(theirs)
+    for found, want in zip(np.asarray(blocks)[:, 0, :patches], theirs, strict=True):  # window order on both sides
+        np.testing.assert_allclose(found, want, atol=1e-4 * want.abs().max())
+    np.testing.assert_array_equal(np.asarray(before), np.asarray(blocks)[-1])
+    order = example.feature_index[example.feature_index >= 0]
+    want = out.pooler_output
+    np.testing.assert_allclose(np.asarray(merged)[0][order], want, atol=1e-4 * want.abs().max())
+
+
+def test_images_do_not_see_each_other_nor_padding():
+    loaded = ours.load(saved("as_published")[0])
+    example, made = rows(loaded, PICTURES)
+    batch = {key: np.array(value) for key, value in made.batch.items()}
+
+    def run(batch):
+        return np.asarray(encode(loaded.model, ours.on_device(batch), made.image_patches)[0])[0]
+
+    want = run(batch)
+    second = batch["patch_image"][0] == 2
+    padding = batch["patch_image"][0] == 0
+    assert padding.any()
+    batch["patches"][0, second | padding] = np.random.default_rng(0).integers(0, 255, batch["patches"].shape[-1])
+    found, changed = run(batch), second.reshape(-1, 4).any(1)
+    untouched = ~changed & ~padding.reshape(-1, 4).any(1)
+    np.testing.assert_array_equal(found[untouched], want[untouched])
+    assert (np.abs(found[changed] - want[changed]).max(axis=1) > 1e-3).all()
+
+
+def test_a_still_equals_a_clip_of_two_equal_frames():
+    """The summed temporal kernel is the two kernels on a frame shown twice."""
+    loaded = ours.load(saved("as_published")[0])
+    still, made = rows(loaded, PICTURES[:1])
+    clip, made_clip = rows(loaded, [[PICTURES[0]] * 2], Video)
+    assert clip.patches.shape[1] == 2 * still.patches.shape[1]
+    found = [encode(loaded.model, ours.on_device(each.batch), each.image_patches)[0] for each in (made, made_clip)]
+    np.testing.assert_allclose(*found, atol=1e-5 * float(jnp.abs(found[0]).max()))
+
+
+def test_slices_of_a_clip_do_not_see_each_other():
+    """As in transformers, full attention stays within one temporal slice."""
+    loaded = ours.load(saved("all_full")[0])
+    frames = [picture(84, 112, seed) for seed in range(4)]
+    outs = []
+    for last in (frames[3], picture(84, 112, 9)):
+        _, made = rows(loaded, [[*frames[:3], last]], Video)
+        outs.append(np.asarray(encode(loaded.model, ours.on_device(made.batch), made.image_patches)[0])[0])
+    merged = 6 * 8 // 4
+    np.testing.assert_array_equal(outs[0][:merged], outs[1][:merged])
+    assert (np.abs(outs[0] - outs[1])[merged:2 * merged].max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_rematerialising_changes_no_gradient(policy):
+    loaded = ours.load(saved("none_full_tied")[0])
+    batch = ours.on_device(rows(loaded, PICTURES[2:])[1].batch)
+    values = {path: array for path, array in loaded.arrays.items() if path.startswith("vision.")}
+
+    @functools.partial(jax.jit, static_argnums=1, compiler_options=ours.QUICK)
+    def gradient(values, remat):
+        def loss(values):
+            model = loaded.structure.build({**loaded.arrays, **values})
+            return (model.encode(batch, image_patches=16, remat=remat)[0] ** 2).sum()
+
+        return jax.grad(loss)(values)
+
+    plain, remade = gradient(values, "none"), gradient(values, policy)
+    for path in plain:
+        np.testing.assert_allclose(remade[path], plain[path], rtol=1e-4, atol=1e-4 * np.abs(plain[path]).max())
