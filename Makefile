@@ -20,8 +20,10 @@ pretrain: $(STAMP)/run
 	$(RUN) -m latent_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
 
 tiny_vl: $(STAMP)/run
-	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py --workdir=runs/tiny_vl
-	$(RUN) -m latent_jax.convert --checkpoint=runs/tiny_vl --output=latent_jax/assets/tiny_vl
+	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py:captions --workdir=runs/tiny_vl_captions
+	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py:questions --workdir=runs/tiny_vl_questions \
+	  --config.model.path=runs/tiny_vl_captions/hf
+	$(RUN) -m latent_jax.convert --checkpoint=runs/tiny_vl_questions --output=latent_jax/assets/tiny_vl
 
 test: $(STAMP)/test
 	$(RUN) -m pytest

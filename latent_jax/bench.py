@@ -45,14 +45,19 @@ def measure_parity(options: argparse.Namespace) -> int:
         print("\n".join(_table(comparison)), end="\n\n")
     failures = [f"{each.failed_at} ({each.dtype}, {each.prompt})" for each in found if each.failed_at]
     if options.output:
-        _save(options.output, {
-            "model": options.model or "tiny_vl",
-            "thresholds": {"float32 relative": parity.TOLERANCE, "bfloat16 ratio": parity.RATIO},
-            "verdict": f"FAILED at {failures[0]}" if failures else "ok",
-            "comparisons": [dataclasses.asdict(each) | {"failed_at": each.failed_at} for each in found],
-        })
-    print(f"bounds: float32 {parity.TOLERANCE:g} of the layer's largest entry; bfloat16 {parity.RATIO:g} times (rms) "
-          "what torch's bfloat16 differs from its float32")
+        _save(
+            options.output,
+            {
+                "model": options.model or "tiny_vl",
+                "thresholds": {"float32 relative": parity.TOLERANCE, "bfloat16 ratio": parity.RATIO},
+                "verdict": f"FAILED at {failures[0]}" if failures else "ok",
+                "comparisons": [dataclasses.asdict(each) | {"failed_at": each.failed_at} for each in found],
+            },
+        )
+    print(
+        f"bounds: float32 {parity.TOLERANCE:g} of the layer's largest entry; bfloat16 {parity.RATIO:g} times (rms) "
+        "what torch's bfloat16 differs from its float32"
+    )
     print(f"parity: FAILED at {failures[0]}" if failures else "parity: ok")
     return 1 if failures else 0
 

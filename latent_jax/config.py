@@ -40,6 +40,7 @@ class Model:
         "what the backward pass recomputes; auto = as much as memory asks for",
         choices=("auto", "none", "full", "dots"),
     )
+    unroll: int = option(1, "layers that one turn of the layer loop holds; more compile longer, may run faster", low=1)
     trainable: str = option(
         "language", "which tower learns; the method's own heads always do", choices=("language", "all")
     )

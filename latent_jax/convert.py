@@ -20,10 +20,19 @@ from latent_jax.workdir import CHECKPOINTS, Run, is_workdir, split
 def main(arguments: list[str] | None = None) -> None:
     """The command: exits with status 2 and one line on standard error for bad input."""
     parser = argparse.ArgumentParser(prog="python -m latent_jax.convert", description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", required=True, metavar="DIR",
-                        help="a workdir, a step under its checkpoints/, an HF directory or a hub id")
-    parser.add_argument("--output", required=True, type=Path, metavar="HF_DIR",
-                        help="new or empty directory, or an earlier export to replace")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir, a step under its checkpoints/, an HF directory or a hub id",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="HF_DIR",
+        help="new or empty directory, or an earlier export to replace",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint step of the workdir; default: the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source checkpoint's")
     options = parser.parse_args(arguments)

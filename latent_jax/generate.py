@@ -1,6 +1,6 @@
 """KV-cached decoding: a batch of prompts in, token ids out; and the command that answers one prompt.
 
-    python -m latent_jax.generate --model=DIR [--image=FILE ...] [--imagine=TEXT] --prompt=TEXT [--max_new_tokens=N]
+python -m latent_jax.generate --model=DIR [--image=FILE ...] [--imagine=TEXT] --prompt=TEXT [--max_new_tokens=N]
 """
 
 import argparse

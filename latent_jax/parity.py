@@ -137,13 +137,17 @@ def observe_theirs(directory: Path, codec: Codec, dtype: str, max_new_tokens: in
             for hook in hooks:
                 hook.remove()
             out = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0,
-                output_logits=True, return_dict_in_generate=True,
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
         logits = torch.stack(out.logits)[:, 0].float()
         best = logits.topk(2).values
         margins = ((best[:, 0] - best[:, 1]) / logits.abs().amax()).tolist()
-        tokens = out.sequences[0, inputs["input_ids"].shape[1]:].tolist()
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         found[name] = Observed(layers, tokens, margins)
     del model
     gc.collect()
@@ -213,8 +217,14 @@ def observe_ours(directory: Path, codec: Codec, dtype: str, max_new_tokens: int)
             given = jnp.zeros((1, config.text.hidden_size))
             layers = _named(config, _activations(model, rows.batch, given, rows.image_patches), rows)
             tokens, counts = generate.decode(
-                model, rows.batch, given, rows.lengths, rows.next_position, eos,
-                image_patches=rows.image_patches, max_new_tokens=max_new_tokens,
+                model,
+                rows.batch,
+                given,
+                rows.lengths,
+                rows.next_position,
+                eos,
+                image_patches=rows.image_patches,
+                max_new_tokens=max_new_tokens,
             )
             found[name] = Observed(layers, np.asarray(tokens)[0, : int(counts[0])].tolist())
     del model
@@ -256,8 +266,10 @@ def _compared(dtype: str, prompt: str, ours: Observed, theirs: Observed, exact: 
     judged = exact.layers if dtype == "bfloat16" else {}
     lengths = [len(side.layers["logits"]) for side in (ours, theirs)]
     if lengths[0] != lengths[1]:
-        raise UserError(f"prompt '{prompt}': {lengths[0]} tokens here, {lengths[1]} in transformers; the checkpoint's "
-                        "tokenizer or preprocessor files are read differently")
+        raise UserError(
+            f"prompt '{prompt}': {lengths[0]} tokens here, {lengths[1]} in transformers; the checkpoint's "
+            "tokenizer or preprocessor files are read differently"
+        )
     layers = [_layer(name, ours.layers[name], want, judged.get(name)) for name, want in theirs.layers.items()]
     length = min(len(ours.tokens), len(theirs.tokens))
     parts_at = next((i for i in range(length) if ours.tokens[i] != theirs.tokens[i]), None)

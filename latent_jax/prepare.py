@@ -18,8 +18,14 @@ def prepare(flags: argparse.Namespace) -> None:
     """Does what the flags say; the output appears only when it is complete."""
     if flags.dataset == "scenes":
         sizes = {"train": flags.size} if flags.size is not None else {}
-        build_scenes(flags.output, seed=flags.seed, sizes={**scenes.SIZES, **sizes}, placement=flags.placement,
-                     objects=tuple(flags.objects), striped=flags.striped)
+        build_scenes(
+            flags.output,
+            seed=flags.seed,
+            sizes={**scenes.SIZES, **sizes},
+            placement=flags.placement,
+            objects=tuple(flags.objects),
+            striped=flags.striped,
+        )
         return
     if flags.raw is None:
         raise UserError(f"--dataset={flags.dataset} needs --raw=DIR, the folder of its official files")
@@ -33,8 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True, choices=[*BUILDERS, "scenes"])
     parser.add_argument("--raw", metavar="DIR", help="the dataset's official files")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the prepared dataset shall appear")
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, metavar="SHARE",
-                        help="most images, captions or questions that may be unusable (default %(default)s)")
+    parser.add_argument(
+        "--max_bad",
+        type=float,
+        default=MAX_BAD,
+        metavar="SHARE",
+        help="most images, captions or questions that may be unusable (default %(default)s)",
+    )
     world = parser.add_argument_group("scenes")
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--size", type=int, metavar="N", help=f"training scenes (default {scenes.SIZES['train']})")

@@ -149,6 +149,8 @@ def _saved_head(setup: Setup, directory: str) -> Arrays:
         tensor = tensors.get(path.removeprefix("head."))
         if tensor is None or tensor.shape != setup.structure.shape(path):
             got = "missing" if tensor is None else f"of shape {tensor.shape}"
-            raise UserError(f"{directory}: the latent head's {path.removeprefix('head.')} is {got}, expected shape "
-                            f"{setup.structure.shape(path)}; set config.latent.* to the saved latent_config.json")
+            raise UserError(
+                f"{directory}: the latent head's {path.removeprefix('head.')} is {got}, expected shape "
+                f"{setup.structure.shape(path)}; set config.latent.* to the saved latent_config.json"
+            )
     return {path: jax.device_put(tensors[path.removeprefix("head.")], setup.sharding(path)) for path in paths}

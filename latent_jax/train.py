@@ -14,10 +14,11 @@ from latent_jax import workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Codec
+from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.runtime import flops, preemption, sharding
+from latent_jax.runtime import files, flops, preemption, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache
 from latent_jax.runtime.metrics import Metrics
@@ -55,18 +56,25 @@ def run(config, directory: str | Path) -> Summary:
         from_json(_shape_file(config, origin)), image_mean=codec.image.mean, image_std=codec.image.std
     )
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
+    # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
+    dtypes = stored_dtypes(config, origin, model_config)
 
     # ------------------------------------------------------------ on what data
     data = open_data(config, config.data.split)
     config, budgets, notes = settle(config, directory, method, codec, model_config, data, sharding.data_shards(mesh))
     batches = pipeline.make_dataset(
-        data, layout_fn=_layout(method, config, codec), codec=codec, budgets=budgets, seed=config.seed,
-        threads=config.data.threads, max_broken=config.data.max_bad,
+        data,
+        layout_fn=_layout(method, config, codec),
+        codec=codec,
+        budgets=budgets,
+        seed=config.seed,
+        threads=config.data.threads,
+        max_broken=config.data.max_bad,
     )
 
     # ------------------------------------------------------------ from which state
-    hf_export.keep_origin(origin, directory / workdir.ORIGIN)
-    setup = make_setup(config, method, model_config, mesh, stored_dtypes(config, origin, model_config))
+    keep_origin(config, origin, directory)
+    setup = make_setup(config, method, model_config, mesh, dtypes)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
     state, batches_state = restore(checkpoints, setup)
     if state is None:
@@ -120,8 +128,10 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, sh
         measured = {"budgets": dataclasses.asdict(_choose_budgets(config, method, codec, model_config, data, shards))}
     budgets = packing.Budgets(**measured["budgets"])
     if budgets.groups % shards:
-        raise UserError(f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
-                        "(config.mesh.replica x config.mesh.fsdp); expected a multiple")
+        raise UserError(
+            f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
+            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     schema.write(config, file, measured)
     chosen = {name: getattr(budgets, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
@@ -143,11 +153,16 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
     for source, weight in data:
         count = max(1, round(config.data.sample * weight))
         sample += pipeline.sample_examples(source, _layout(method, config, codec), codec, count)
-    # Sources alternate in the data order; a seeded shuffle stands for that.
-    np.random.default_rng(config.seed).shuffle(sample)
+    if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
+        np.random.default_rng(config.seed).shuffle(sample)
     budgets = packing.choose_budgets(
-        sample, batch_size=config.train.batch_size, groups=config.data.groups or shards, micro=config.train.accumulate,
-        window_patches=vision.window_patches, merge_unit=vision.merge_unit, row_tokens=config.data.row_tokens,
+        sample,
+        batch_size=config.train.batch_size,
+        groups=config.data.groups or shards,
+        micro=config.train.accumulate,
+        window_patches=vision.window_patches,
+        merge_unit=vision.merge_unit,
+        row_tokens=config.data.row_tokens,
         slots=method.slots(config),
     )
     return dataclasses.replace(budgets, **{n: getattr(config.data, n) for n in names if getattr(config.data, n)})
@@ -160,6 +175,14 @@ def _shape_file(config, origin: Path) -> Path:
     """Where the model's shape stands: a preset for random weights, else the checkpoint's own config.json."""
     named = config.model.init == "random" and config.model.preset
     return schema.PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
+
+
+def keep_origin(config, origin: Path, directory: Path) -> None:
+    """Keeps in a new workdir what its exports need of the checkpoint it starts from; of a preset, its shape."""
+    kept = directory / workdir.ORIGIN
+    if not kept.exists():
+        hf_export.keep_origin(origin, kept)
+        files.write_text(kept / "config.json", _shape_file(config, origin).read_text())
 
 
 def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
@@ -197,54 +220,87 @@ def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Bu
     source = data[0][0]
     count = min(len(source), config.latent.statistics_examples)
     picked = (source[index * len(source) // count] for index in range(count))
-    examples = (codec.lay_out(method.fit_layout(record, index, config, codec)) for index, record in enumerate(picked))
+    layouts = (method.fit_layout(record, index, config, codec) for index, record in enumerate(picked))
     model = setup.build(state.trainable, state.frozen)
-    values = method.fit(model, pipeline.batches(examples, budgets), config)
+    values = method.fit(model, pipeline.batches(_usable(layouts, codec, budgets), budgets), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
+
+
+def _usable(layouts: Iterator[Layout], codec: Codec, budgets: packing.Budgets) -> Iterator[Example]:
+    """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
+    first, count = None, 0
+    for layout in layouts:
+        try:
+            example = codec.lay_out(layout)
+            budgets.check(example)
+        except UserError as problem:
+            first = first or problem
+            continue
+        count += 1
+        yield example
+    if first and not count:
+        raise UserError(f"no usable record: {first}")
 
 
 def describe(setup: Setup, state: TrainState) -> str:
     """One line: how much is trained and frozen, where, and in which dtype it computes."""
     trained, frozen = (sum(a.size for a in arrays.values()) for arrays in (state.trainable, state.frozen))
     mesh = "x".join(str(size) for size in setup.mesh.shape.values())
-    return (f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {mesh} (replica x fsdp x tp) of "
-            f"{setup.mesh.devices.flat[0].device_kind}")
+    return (
+        f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {mesh} (replica x fsdp x tp) of "
+        f"{setup.mesh.devices.flat[0].device_kind}"
+    )
 
 
 # ---------------------------------------------------------------- loop
 
 
-def loop(setup: Setup, state: TrainState, step, batches: Iterator, checkpoints: Checkpoints, metrics: Metrics,
-         progress: Progress, asked_to_stop) -> tuple[TrainState, bool]:
+def loop(
+    setup: Setup,
+    state: TrainState,
+    step,
+    batches: pipeline.BatchIterator,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    progress: Progress,
+    asked_to_stop,
+) -> tuple[TrainState, bool]:
     """Runs the steps that are left. Returns (state, whether a signal ended it early)."""
     config = setup.config
     place = sharding.batch_sharding(setup.mesh)
-    ledger = flops.Ledger(setup.model_config, config.model.trainable, setup.mesh.devices.flat[0].device_kind,
-                          setup.mesh.size)
+    ledger = flops.Ledger(
+        setup.model_config, config.model.trainable, setup.mesh.devices.flat[0].device_kind, setup.mesh.size
+    )
     pending, done = None, int(state.step)
     ended = time.monotonic()
 
     def report(pending) -> None:
         """Fetches a finished step's numbers: one step late, so that the device never waits for the host."""
         nonlocal ended
-        number, batch, found, waited = pending
+        number, batch, found, waited, skipped = pending
         values = {name: float(value) for name, value in jax.device_get(found).items()}
         now = time.monotonic()
         seconds, ended = now - ended, now
         work = flops.count(batch)
-        values = {"examples": int(batch["example_mask"].sum())} | values | {
-            "tokens_per_second": int((batch["segment_ids"] > 0).sum()) / seconds,
-            **ledger.utilisation(work, seconds),
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-        }
+        values = (
+            {"examples": int(batch["example_mask"].sum()), "skipped": skipped}
+            | values
+            | {
+                "tokens_per_second": int((batch["segment_ids"] > 0).sum()) / seconds,
+                **ledger.utilisation(work, seconds),
+                "step_seconds": seconds,
+                "data_wait_seconds": waited,
+            }
+        )
         if metrics.due(number):
             metrics.write(number, values)
         progress.update(number, values)
         if not np.isfinite(values["loss/total"]):
-            raise UserError(f"step {number}: the loss is {values['loss/total']}; the checkpoints before it are whole. "
-                            "Expected a finite loss: try a lower config.train.learning_rate or config.train.clip")
+            raise UserError(
+                f"step {number}: the loss is {values['loss/total']}; the checkpoints before it are whole. "
+                "Expected a finite loss: try a lower config.train.learning_rate or config.train.clip"
+            )
 
     while done < config.train.steps:
         asked = time.monotonic()
@@ -254,7 +310,7 @@ def loop(setup: Setup, state: TrainState, step, batches: Iterator, checkpoints: 
         if pending:
             report(pending)
         done += 1
-        pending = (done, batch, found, waited)
+        pending = (done, batch, found, waited, batches.skipped)
         last, stop = done == config.train.steps, asked_to_stop()
         if last or stop or checkpoints.due(done):
             # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
@@ -284,6 +340,9 @@ def export(setup: Setup, state: TrainState, directory: Path) -> None:
     vlm, head = workdir.split({**state.trainable, **state.frozen})
     latent = getattr(setup.config, "latent", None)
     hf_export.save(
-        directory / "hf", vlm, setup.model_config, source=directory / workdir.ORIGIN,
+        directory / "hf",
+        vlm,
+        setup.model_config,
+        source=directory / workdir.ORIGIN,
         latent=(jax.device_get(head), dataclasses.asdict(latent)) if head else None,
     )

@@ -56,8 +56,10 @@ class VLM:
 
     def generate(self, conversations: Sequence[Messages], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers to a batch of conversations, special tokens skipped."""
-        return [self.codec.tokenizer.decode(ids, skip_special_tokens=True)
-                for ids in self.generate_ids(conversations, max_new_tokens)]
+        return [
+            self.codec.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in self.generate_ids(conversations, max_new_tokens)
+        ]
 
     def generate_ids(self, conversations: Sequence[Messages], max_new_tokens: int = 32) -> list[list[int]]:
         """As `generate`: the new token ids of each conversation, the one that ended it included."""
@@ -67,8 +69,14 @@ class VLM:
             raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         rows, given = self._prompt(conversations)
         tokens, counts = generate.decode(
-            self.model.vlm, rows.batch, given, rows.lengths, rows.next_position, np.array(self.eos, np.int32),
-            image_patches=rows.image_patches, max_new_tokens=max_new_tokens,
+            self.model.vlm,
+            rows.batch,
+            given,
+            rows.lengths,
+            rows.next_position,
+            np.array(self.eos, np.int32),
+            image_patches=rows.image_patches,
+            max_new_tokens=max_new_tokens,
         )
         return [list(map(int, row[:count])) for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)]
 
@@ -89,8 +97,10 @@ class VLM:
 
     def _imagine(self, texts: Sequence[str]):
         if self.model.head is None or self.latent is None:
-            raise UserError(f"{self.name}: has no latent head ({hf_io.LATENT_WEIGHTS}), so it cannot imagine; expected a "
-                            "checkpoint of latent pretraining")
+            raise UserError(
+                f"{self.name}: has no latent head ({hf_io.LATENT_WEIGHTS}), so it cannot imagine; expected a "
+                "checkpoint of latent pretraining"
+            )
         for text in texts:
             if not text.strip():
                 raise UserError("an 'imagine' part holds no text; expected a description")
@@ -108,7 +118,9 @@ class VLM:
         texts = [part["text"] for messages in conversations for part in parts(messages) if part["type"] == "imagine"]
         given = self._features(self._imagine(texts)) if texts else jnp.zeros((1, self.config.text.hidden_size))
         grid = pretrain.imagined_grid(self.latent) if texts else None
-        layouts = [self.codec.render(messages, add_generation_prompt=True, imagined_grid=grid) for messages in conversations]
+        layouts = [
+            self.codec.render(messages, add_generation_prompt=True, imagined_grid=grid) for messages in conversations
+        ]
         return generate.one_per_row([self.codec.lay_out(layout) for layout in layouts], self.config), given
 
 
@@ -171,7 +183,9 @@ def load(path: str | Path = "", dtype: str | None = None) -> VLM:
         vlm = hf_io.load(origin, dtype=wanted)
         head, latent = hf_export.load_latent(origin) or ({}, None)
     codec = Codec.from_directory(origin)
-    config = dataclasses.replace(from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std)
+    config = dataclasses.replace(
+        from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std
+    )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
     section = pretrain.Latent(**latent) if head else None
     model = LatentVLM(structure.build(vlm), _head(place(head, wanted)) if head else None)

@@ -25,8 +25,11 @@ def coco_folder(root, count=40, split="train2017"):
     images = [{"id": 9 + i, "file_name": f"{9 + i:012}.jpg", "width": 40, "height": 24} for i in range(count)]
     for image in images:
         (root / split / image["file_name"]).write_bytes(jpeg(image["id"]))
-    annotations = [{"id": 100 + 2 * i + j, "image_id": 9 + i, "caption": f" Caption {j} of {9 + i}.\n"}
-                   for j in range(2) for i in range(count)]
+    annotations = [
+        {"id": 100 + 2 * i + j, "image_id": 9 + i, "caption": f" Caption {j} of {9 + i}.\n"}
+        for j in range(2)
+        for i in range(count)
+    ]
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
     write(root, content, split)
     return content
@@ -45,8 +48,13 @@ def gqa_folder(root, count=30):
     for i, image_id in enumerate(ids):
         (root / "images" / f"{image_id}.jpg").write_bytes(jpeg(i))
         for j in range(2):
-            questions[f"0{i}{j}"] = {"question": f"Is it {j}?", "imageId": image_id, "answer": "yes",
-                                     "isBalanced": True, "groups": {"global": None, "local": "x"}}
+            questions[f"0{i}{j}"] = {
+                "question": f"Is it {j}?",
+                "imageId": image_id,
+                "answer": "yes",
+                "isBalanced": True,
+                "groups": {"global": None, "local": "x"},
+            }
     (root / "questions1.2" / "val_balanced_questions.json").write_text(json.dumps(questions))
     bare = {"1": {"question": "Is it hidden?", "imageId": ids[0]}}
     (root / "questions1.2" / "test_balanced_questions.json").write_text(json.dumps(bare))
@@ -68,8 +76,12 @@ def test_coco_as_published(tmp_path, capsys):
     assert status == 0 and "skipped" not in err and "40 records" in err.replace("\r", "\n")
     source = sources.open_source("coco_captions", tmp_path / "out", "train")
     assert [record["key"] for record in source] == [str(image["id"]) for image in content["images"]]
-    assert source[5] == {"key": "14", "images": [jpeg(14)], "captions": ["Caption 0 of 14.", "Caption 1 of 14."],
-                         "questions": []}
+    assert source[5] == {
+        "key": "14",
+        "images": [jpeg(14)],
+        "captions": ["Caption 0 of 14.", "Caption 1 of 14."],
+        "questions": [],
+    }
     assert len(sources.open_source("coco_captions", tmp_path / "out", "validation")) == 3
 
 
@@ -123,11 +135,17 @@ def test_a_broken_record_is_skipped_and_listed(tmp_path, capsys, kind):
     assert status == 0
     total = len(content["images"] if noun == "image" else content["annotations"])
     assert f"train: skipped 1 of {total} {noun}s\n" in err and said in err
-    records = {record["key"]: record["captions"] for record in sources.open_source("coco_captions", tmp_path / "out",
-                                                                                   "train")}
+    records = {
+        record["key"]: record["captions"] for record in sources.open_source("coco_captions", tmp_path / "out", "train")
+    }
     captions = ["Caption 0 of 12.", "Caption 1 of 12."]
-    kept = {"missing image": None, "not an image": None, "half an image": None, "twice an image": captions,
-            "twice an annotation": captions}
+    kept = {
+        "missing image": None,
+        "not an image": None,
+        "half an image": None,
+        "twice an image": captions,
+        "twice an annotation": captions,
+    }
     assert records.get("12") == kept.get(kind, captions[1:])
     assert len(records) == 40 - (kept.get(kind, captions) is None)
 
@@ -153,8 +171,10 @@ CONTENTS = {
     "a list": ("[]", "got a list"),
     "no annotations": ('{"images": [{"id": 1, "file_name": "x.jpg"}]}', "'annotations' is missing"),
     "no captions": ('{"images": [{"id": 1, "file_name": "x.jpg"}], "annotations": []}', "'annotations' is empty"),
-    "images a dict": ('{"images": {"1": 2}, "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]}',
-                      "'images' is a dict"),
+    "images a dict": (
+        '{"images": {"1": 2}, "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]}',
+        "'images' is a dict",
+    ),
     "an empty file": ("", "cannot be read as JSON"),
 }
 
@@ -190,10 +210,13 @@ def test_gqa_with_broken_records(tmp_path, capsys):
     assert "validation: skipped 1 of 30 images\n" in err and f"{ids[4]}.jpg: no such image file" in err
     assert "validation: skipped 2 of 60 questions\n" in err
     assert "question 050 has no text" in err and "question 060 has no imageId" in err
-    records = {record["key"]: [question["id"] for question in record["questions"]]
-               for record in sources.open_source("gqa", tmp_path / "out", "validation")}
-    assert records == {key: [f"0{i}{j}" for j in range(2) if f"0{i}{j}" not in ("050", "060")]
-                       for i, key in enumerate(ids) if i != 4}
+    records = {
+        record["key"]: [question["id"] for question in record["questions"]]
+        for record in sources.open_source("gqa", tmp_path / "out", "validation")
+    }
+    assert records == {
+        key: [f"0{i}{j}" for j in range(2) if f"0{i}{j}" not in ("050", "060")] for i, key in enumerate(ids) if i != 4
+    }
 
 
 def test_wrong_folders_and_flags(tmp_path, capsys):
@@ -232,8 +255,10 @@ def test_scenes(tmp_path, capsys, monkeypatch):
     assert prepare.main(flags) == 0
     assert capsys.readouterr().out == ""
     assert len(sources.open_source("scenes", tmp_path / "out", "train")) == 3
-    record = sources.join(sources.open_source("scenes", tmp_path / "out", "compositional"),
-                          sources.open_source("scenes_questions", tmp_path / "out", "compositional"))[0]
+    record = sources.join(
+        sources.open_source("scenes", tmp_path / "out", "compositional"),
+        sources.open_source("scenes_questions", tmp_path / "out", "compositional"),
+    )[0]
     assert record["captions"] and record["questions"]
     assert prepare.main(["--dataset=scenes", f"--output={tmp_path / 'bad'}", "--striped=3"]) == 2
     assert "striped 3.0, expected" in capsys.readouterr().err and not (tmp_path / "bad").exists()

@@ -50,8 +50,12 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     examples = [codec.lay_out(layout) for layout in caption_layouts(records, config)]
     vision = model.vlm.config.vision
     budgets = packing.choose_budgets(
-        examples, batch_size=min(BATCH, len(examples)), window_patches=vision.window_patches,
-        merge_unit=vision.merge_unit, row_tokens=config.data.row_tokens, slots=pretrain.slots(config),
+        examples,
+        batch_size=min(BATCH, len(examples)),
+        window_patches=vision.window_patches,
+        merge_unit=vision.merge_unit,
+        row_tokens=config.data.row_tokens,
+        slots=pretrain.slots(config),
     )
     # The block of full attention is as long as the longest image of these records, not of the training data.
     data = dataclasses.replace(config.data, image_patches=budgets.image_patches)

@@ -105,8 +105,10 @@ class Codec:
         """
         return self.render_conversations(
             [
-                [{"role": "user", "content": [*content, {"type": "text", "text": question}]},
-                 {"role": "assistant", "content": answer}]
+                [
+                    {"role": "user", "content": [*content, {"type": "text", "text": question}]},
+                    {"role": "assistant", "content": answer},
+                ]
                 for question, answer in pairs
             ],
             key=key,
@@ -155,7 +157,7 @@ class Codec:
         for i, piece in enumerate(pieces):
             # Odd pieces stand between marks; the end of turn after each belongs to it.
             closes = i and i % 2 == 0 and piece.startswith("<|im_end|>")
-            cut += [("<|im_end|>", True), (piece[len("<|im_end|>"):], False)] if closes else [(piece, i % 2 == 1)]
+            cut += [("<|im_end|>", True), (piece[len("<|im_end|>") :], False)] if closes else [(piece, i % 2 == 1)]
         return cut
 
     # ------------------------------------------------------------ Layout -> Example
@@ -222,8 +224,12 @@ class Codec:
         all_patches = [visual.patches for visual in visuals.values()]
         if not all_patches:
             channels = 3 * self.image.patch_size**2
-            return {"patches": np.zeros((0, channels), np.uint8), "patch_positions": np.zeros((0, 2), np.int32),
-                    "patch_window": np.zeros(0, np.int32), "patch_image": np.zeros(0, np.int32)}
+            return {
+                "patches": np.zeros((0, channels), np.uint8),
+                "patch_positions": np.zeros((0, 2), np.int32),
+                "patch_window": np.zeros(0, np.int32),
+                "patch_image": np.zeros(0, np.int32),
+            }
         channels = max(each.patches.shape[1] for each in all_patches)
         windows = np.cumsum([0] + [each.window[-1] for each in all_patches[:-1]], dtype=np.int32)
         slices = np.cumsum([0] + [each.grid[0] for each in all_patches[:-1]], dtype=np.int32)
@@ -343,8 +349,10 @@ def _normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sou
         elif kind == "imagine" and (grid := part.get("grid") or imagined_grid) is not None:
             visuals.append(Imagined(tuple(grid)))
         else:
-            raise UserError(f"record {key!r}: message part {str(part)[:80]}; expected text, image, video (a list of "
-                            "frames) or, where the model has a latent head, imagine")
+            raise UserError(
+                f"record {key!r}: message part {str(part)[:80]}; expected text, image, video (a list of "
+                "frames) or, where the model has a latent head, imagine"
+            )
         return {"type": "video" if kind == "video" else "image"}
 
     result = []

@@ -43,8 +43,9 @@ class ImageSpec:
 
     def __post_init__(self):
         if self.window_size % self.factor:
-            raise UserError(f"window_size {self.window_size} must be a multiple of patch_size * merge_size "
-                            f"= {self.factor}")
+            raise UserError(
+                f"window_size {self.window_size} must be a multiple of patch_size * merge_size = {self.factor}"
+            )
         if not 0 < self.min_pixels <= self.max_pixels:
             raise UserError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
 
@@ -93,11 +94,16 @@ class ImageSpec:
             "std": settings.get("image_std") and tuple(settings["image_std"]),
         }
         spec = cls(**{key: value for key, value in given.items() if value is not None})
-        for key, ours in (("patch_size", spec.patch_size), ("temporal_patch_size", spec.temporal_patch_size),
-                          ("spatial_merge_size", spec.merge_size)):
+        for key, ours in (
+            ("patch_size", spec.patch_size),
+            ("temporal_patch_size", spec.temporal_patch_size),
+            ("spatial_merge_size", spec.merge_size),
+        ):
             if vision.get(key, ours) != ours:
-                raise UserError(f"{directory / name}: {key.removeprefix('spatial_')} is {ours}, but config.json's "
-                                f"vision_config.{key} is {vision[key]}")
+                raise UserError(
+                    f"{directory / name}: {key.removeprefix('spatial_')} is {ours}, but config.json's "
+                    f"vision_config.{key} is {vision[key]}"
+                )
         return spec
 
 
@@ -136,8 +142,13 @@ def _first(*values):
 
 def _check_supported(settings: dict, path: Path) -> None:
     """Refuses preprocessing that would silently give other pixels than Qwen's."""
-    for key, value in {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-                       "resample": 3}.items():
+    for key, value in {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+    }.items():
         if settings.get(key, value) != value:
             raise UserError(f"{path}: {key} is {settings[key]!r}, expected {value!r}")
     if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
@@ -255,12 +266,12 @@ def _patches(pixels: UInt8[np.ndarray, "slices temporal rows columns 3"], spec: 
     # A strip of equal windows at a time: each is one strided copy straight to its place.
     for piece in range(slices):
         for top, bottom, left, right, count in _strips(grid[1:], spec):
-            strip = pixels[piece, :, top * ps:bottom * ps, left * ps:right * ps]
+            strip = pixels[piece, :, top * ps : bottom * ps, left * ps : right * ps]
             strip = strip.reshape(temporal, (bottom - top) // merge, merge, ps, count, -1, merge, ps, channels)
             size = (bottom - top) * (right - left)
             # (temporal, r, i, row, window, c, j, column, channel) -> window, r, c, i, j, channel, temporal, row, column
             ordered = strip.transpose(4, 1, 5, 2, 6, 8, 0, 3, 7)
-            out[done:done + size].reshape(ordered.shape)[...] = ordered
+            out[done : done + size].reshape(ordered.shape)[...] = ordered
             done += size
     positions, window = _window_order(grid[1:], spec)
     windows = window[-1] * np.repeat(np.arange(slices, dtype=np.int32), len(window))
@@ -301,8 +312,8 @@ def _window_order(grid: tuple[int, int], spec: ImageSpec) -> tuple[np.ndarray, n
 def merged_index(patches: Patches, merge_size: int) -> Int32[np.ndarray, " m"]:
     """For each merged token in reading order (slice, row, column), its index in window-major order."""
     slices, rows, columns = patches.grid
-    first = patches.positions[::merge_size**2] // merge_size
-    slice_of = patches.image[::merge_size**2] - 1
+    first = patches.positions[:: merge_size**2] // merge_size
+    slice_of = patches.image[:: merge_size**2] - 1
     reading = (slice_of * (rows // merge_size) + first[:, 0]) * (columns // merge_size) + first[:, 1]
     return np.argsort(reading).astype(np.int32)
 

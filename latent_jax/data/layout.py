@@ -134,8 +134,9 @@ def _atoms(parts: Sequence[Part]) -> list[Part]:
     return [
         atom
         for part in _joined(parts)
-        for atom in ([Text(piece, part.loss) for piece in _SPLIT.split(part.text) if piece]
-                     if isinstance(part, Text) else [part])
+        for atom in (
+            [Text(piece, part.loss) for piece in _SPLIT.split(part.text) if piece] if isinstance(part, Text) else [part]
+        )
     ]
 
 

@@ -56,8 +56,10 @@ class Budgets:
             if have > budget:
                 raise UserError(f"record {example.key!r}: {have} {what}, more than the budget of {budget}")
         if size.patches and self.channels % size.channels:
-            raise UserError(f"record {example.key!r}: patches of {size.channels} values, but batches hold "
-                            f"{self.channels} (video in a batch of stills)")
+            raise UserError(
+                f"record {example.key!r}: patches of {size.channels} values, but batches hold "
+                f"{self.channels} (video in a batch of stills)"
+            )
         return size
 
 
@@ -212,7 +214,7 @@ def _write(group: Batch, example: Example, row: int, cursor: _Cursor, budgets: B
     flat = row * budgets.tokens + first
     group["example_mask"][slot] = True
     group["latent_mask"][slot] = example.target_image > 0
-    group["latent_index"][slot, :len(example.slots)] = example.slots + flat
+    group["latent_index"][slot, : len(example.slots)] = example.slots + flat
     group["target_image"][slot] = example.target_image + cursor.images if example.target_image else 0
     group["target_grid"][slot] = example.target_grid
     group["caption_span"][slot] = example.caption_span + flat
@@ -272,14 +274,20 @@ def choose_budgets(
     unit = math.lcm(window_patches, merge_unit)
     largest = Size(*(max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Size)))
     fixed = dict(
-        micro=micro, groups=groups, examples=batch_size // (groups * micro), merge_unit=merge_unit,
-        slots=largest.slots if slots is None else slots, channels=largest.channels,
+        micro=micro,
+        groups=groups,
+        examples=batch_size // (groups * micro),
+        merge_unit=merge_unit,
+        slots=largest.slots if slots is None else slots,
+        channels=largest.channels,
         image_patches=max(_up(largest.image_patches, unit), unit),
     )
     mean = [np.mean([getattr(size, name) for size in sizes]) * fixed["examples"] for name in ("tokens", "patches")]
     candidates = {
-        (*_rows(mean[0] * more_tokens, largest.tokens, row_tokens),
-         max(_up(mean[1] * more_patches, unit), _up(largest.patches, unit), unit))
+        (
+            *_rows(mean[0] * more_tokens, largest.tokens, row_tokens),
+            max(_up(mean[1] * more_patches, unit), _up(largest.patches, unit), unit),
+        )
         for more_tokens, more_patches in itertools.product(np.arange(0.94, 1.12, 0.04), repeat=2)
     }
     # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.

@@ -73,11 +73,15 @@ def make_dataset(
     if any(weight <= 0 for _, weight in sources):
         raise UserError(f"weights of a mixture must be positive, got {[weight for _, weight in sources]}")
     own = dataclasses.replace(budgets, groups=budgets.groups // process_count)
-    samples = grain.MapDataset.mix(
-        # Each source its own order, also where two are equally long.
-        [_ordered(each, seed + 7919 * i, shuffle, epochs) for i, (each, _) in enumerate(sources)],
-        [weight for _, weight in sources],
-    ) if len(sources) > 1 else _ordered(sources[0][0], seed, shuffle, epochs)
+    samples = (
+        grain.MapDataset.mix(
+            # Each source its own order, also where two are equally long.
+            [_ordered(each, seed + 7919 * i, shuffle, epochs) for i, (each, _) in enumerate(sources)],
+            [weight for _, weight in sources],
+        )
+        if len(sources) > 1
+        else _ordered(sources[0][0], seed, shuffle, epochs)
+    )
     examples = samples.map_with_index(functools.partial(_lay_out, layout_fn, codec, own))
     if process_count > 1:
         examples = examples[process_index::process_count]

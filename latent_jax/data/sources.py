@@ -32,7 +32,8 @@ class Source(Sequence):
             raise UserError(f"{self._folder}: no split {self._split!r}, it has {', '.join(builder.info.splits)}")
         # Raw bytes: TFDS's own parsing of these records into numpy takes five times as long.
         self._bytes = builder.as_data_source(
-            split=self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            split=self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
         self._read = {"coco_captions": _caption_record, "gqa": _question_record}[builder.name]
 
     def __len__(self) -> int:
@@ -74,8 +75,11 @@ class Joined(Sequence):
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         captions, questions = self._pairs[index]
-        return {**self._questions[questions], **self._captions[captions],
-                "questions": self._questions[questions]["questions"]}
+        return {
+            **self._questions[questions],
+            **self._captions[captions],
+            "questions": self._questions[questions]["questions"],
+        }
 
 
 def open_source(name: str, path: str | os.PathLike, split: str) -> Source:
@@ -90,8 +94,10 @@ def open_source(name: str, path: str | os.PathLike, split: str) -> Source:
     command = f"python -m latent_jax.prepare --dataset={dataset}{'' if dataset == 'scenes' else ' --raw=RAW'}"
     if not os.fspath(path):
         if dataset != "scenes":
-            raise UserError(f"data.path is empty: {name} is not part of the package; prepare it with {command} "
-                            "--output=DIR and set data.path=DIR")
+            raise UserError(
+                f"data.path is empty: {name} is not part of the package; prepare it with {command} "
+                "--output=DIR and set data.path=DIR"
+            )
         path = _cached_scenes()
     folder = Path(path) / BUILDER_OF[name]
     versions = sorted(folder.glob("*.*.*/dataset_info.json"))
@@ -122,13 +128,21 @@ def _features(data: bytes) -> dict[str, Sequence]:
 
 
 def _caption_record(features) -> Record:
-    return {"key": str(features["image_id"][0]), "images": [features["image"][0]],
-            "captions": [caption.decode() for caption in features["captions"]], "questions": []}
+    return {
+        "key": str(features["image_id"][0]),
+        "images": [features["image"][0]],
+        "captions": [caption.decode() for caption in features["captions"]],
+        "questions": [],
+    }
 
 
 def _question_record(features) -> Record:
-    record = {"key": features["image_id"][0].decode(), "images": [features["image"][0]], "captions": [],
-              "questions": [json.loads(question) for question in features["questions"]]}
+    record = {
+        "key": features["image_id"][0].decode(),
+        "images": [features["image"][0]],
+        "captions": [],
+        "questions": [json.loads(question) for question in features["questions"]],
+    }
     graph = features["scene_graph"][0]
     return {**record, "scene_graph": json.loads(graph)} if graph else record
 

@@ -53,8 +53,9 @@ class Latent:
     """What is predicted, and where from."""
 
     grid: int = option(4, "side s of the pooled grid; an image has S = s * s latents", low=1, high=64)
-    space: str = option("merged", "merged: the language model's input space; encoder: before the merger",
-                       choices=("merged", "encoder"))
+    space: str = option(
+        "merged", "merged: the language model's input space; encoder: before the merger", choices=("merged", "encoder")
+    )
     readout: str = option("slots", "which hidden states the head reads", choices=READOUTS)
     width: int = option(0, "width of the head's MLP; 0 = twice the target's", low=0)
     scale: str = option("rms", "targets are divided by one number (rms) or one a channel (std)", choices=("rms", "std"))
@@ -98,8 +99,10 @@ def imagined_grid(latent: Latent) -> tuple[int, int]:
     if latent.space == "merged":
         return latent.grid, latent.grid
     if latent.grid % 2:  # every published merger takes 2 x 2 patches
-        raise UserError(f"latent.grid {latent.grid}: pre-merger latents are fed back through the merger, which takes "
-                        "2 x 2 of them; expected an even grid")
+        raise UserError(
+            f"latent.grid {latent.grid}: pre-merger latents are fed back through the merger, which takes "
+            "2 x 2 of them; expected an even grid"
+        )
     return latent.grid // 2, latent.grid // 2
 
 
@@ -110,8 +113,15 @@ def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
     """The latent head for a language model of this shape."""
     target = target_size(model_config, config.latent.space)
     scale, bias = ALIGNMENTS[config.loss.alignment]
-    return LatentHead(config.latent.grid**2, model_config.text.hidden_size, target,
-                      config.latent.width or 2 * target, logit_scale=scale, logit_bias=bias, rngs=rngs)
+    return LatentHead(
+        config.latent.grid**2,
+        model_config.text.hidden_size,
+        target,
+        config.latent.width or 2 * target,
+        logit_scale=scale,
+        logit_bias=bias,
+        rngs=rngs,
+    )
 
 
 def target_size(model_config, space: str) -> int:
@@ -213,7 +223,7 @@ def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Arr
 
 def forward(model: LatentVLM, batch: dict[str, Array], config):
     """(hidden states (G B T D), predicted and target standardised latents (G E S Z) fp32)."""
-    options = dict(remat=config.model.remat)
+    options = dict(remat=config.model.remat, unroll=config.model.unroll)
     merged, before, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
     slots = jnp.broadcast_to(model.head.slots[...], (merged.shape[0], *model.head.slots.shape)).astype(merged.dtype)
     x = model.vlm.embed(batch["tokens"], batch["feature_index"], jnp.concatenate([merged, slots], axis=1))
@@ -233,12 +243,20 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     options = config.loss
     results = {
         "next_token": next_token.next_token(
-            hidden.reshape(-1, T, D), model.vlm.text.head,
-            batch["targets"].reshape(-1, T), batch["loss_weights"].reshape(-1, T),
+            hidden.reshape(-1, T, D),
+            model.vlm.text.head,
+            batch["targets"].reshape(-1, T),
+            batch["loss_weights"].reshape(-1, T),
         ),
         "similarity": similarity.similarity(
-            predicted, target, mask, kind=options.similarity, norm_weighted=options.norm_weighted,
-            norm_term=options.norm_term, beta=options.smooth_l1_beta, temperature=options.temperature,
+            predicted,
+            target,
+            mask,
+            kind=options.similarity,
+            norm_weighted=options.norm_weighted,
+            norm_term=options.norm_term,
+            beta=options.smooth_l1_beta,
+            temperature=options.temperature,
         ),
         "alignment": align(predicted.mean(1), target.mean(1), mask, model.head, options.alignment),
     }

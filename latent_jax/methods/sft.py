@@ -30,6 +30,7 @@ class Chat:
     """How records become conversations."""
 
     questions: int = option(6, "most questions about one image in an example", low=1)
+    captions: str = option("random", "which of an image's captions is asked for", choices=("random", "first"))
     suffix: str = option("", "what follows each question, such as an instruction to answer in one word")
 
 
@@ -40,7 +41,8 @@ def layout(record: dict, index: int, config, codec) -> Layout:
     """Questions about the image as views of it, or image -> caption where the record has no questions."""
     rng = np.random.default_rng((config.seed, index))
     if not record["questions"]:
-        return describe(record, record["captions"][int(rng.integers(len(record["captions"])))], codec)
+        choice = 0 if config.chat.captions == "first" else int(rng.integers(len(record["captions"])))
+        return describe(record, record["captions"][choice], codec)
     order = rng.permutation(len(record["questions"]))[: config.chat.questions]
     pairs = [(record["questions"][i]["question"] + config.chat.suffix, record["questions"][i]["answer"]) for i in order]
     return codec.render_views([{"type": "image", "image": record["images"][0]}], pairs, key=record["key"])
@@ -66,13 +68,15 @@ def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
 
 def loss(model: LatentVLM, batch: dict[str, Array], config):
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
-    options = dict(remat=config.model.remat)
+    options = dict(remat=config.model.remat, unroll=config.model.unroll)
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
     x = model.vlm.embed(batch["tokens"], batch["feature_index"], merged)
     hidden, _ = model.vlm.decode(x, batch, **options)
     T, D = hidden.shape[-2:]
     total, weight, extra = next_token.next_token(
-        hidden.reshape(-1, T, D), model.vlm.text.head,
-        batch["targets"].reshape(-1, T), batch["loss_weights"].reshape(-1, T),
+        hidden.reshape(-1, T, D),
+        model.vlm.text.head,
+        batch["targets"].reshape(-1, T),
+        batch["loss_weights"].reshape(-1, T),
     )
     return {"next_token": (total, weight)}, {f"next_token/{key}": value for key, value in extra.items()}

@@ -26,8 +26,17 @@ class LatentHead(nnx.Module):
       logit_scale, logit_bias: where the alignment loss's learned scale (its log) and bias start.
     """
 
-    def __init__(self, slots: int, hidden: int, target: int, width: int, *, logit_scale: float = 0.0,
-                 logit_bias: float = 0.0, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        slots: int,
+        hidden: int,
+        target: int,
+        width: int,
+        *,
+        logit_scale: float = 0.0,
+        logit_bias: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         declare = Declare(dict(S=slots, D=hidden, F=width, Z=target), rngs, jnp.float32)
         # Rows of a trained embedding table are small; slots start at a similar scale.
         self.slots = declare.normal("S D", "D")

@@ -124,8 +124,10 @@ def check_replaceable(directory: str | Path) -> None:
     known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE}
     for entry in sorted(directory.iterdir()) if directory.exists() else ():
         if entry.name not in known and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name):
-            raise UserError(f"{directory}: holds '{entry.name}', which no export writes; expected a new or empty "
-                            "directory, or an earlier export to replace")
+            raise UserError(
+                f"{directory}: holds '{entry.name}', which no export writes; expected a new or empty "
+                "directory, or an earlier export to replace"
+            )
 
 
 def save_latent(directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict) -> None:

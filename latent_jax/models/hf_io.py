@@ -28,9 +28,21 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What stands beside the weights: copied along into a workdir and into an export.
 SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "added_tokens.json", "special_tokens_map.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja", "LICENSE",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "LICENSE",
 )
 LATENT_WEIGHTS, LATENT_CONFIG = "latent_head.safetensors", "latent_config.json"
 PIECE_BYTES = 64 * 2**20
@@ -75,8 +87,10 @@ class Checkpoint:
         for file, promised in _weight_files(directory).items():
             found = tensor_files.read(directory / file)
             if missing := [name for name in promised if name not in found]:
-                raise UserError(f"{directory / file}: tensor '{missing[0]}' is missing, {INDEX_FILE} says it is there"
-                                + _and_more(missing))
+                raise UserError(
+                    f"{directory / file}: tensor '{missing[0]}' is missing, {INDEX_FILE} says it is there"
+                    + _and_more(missing)
+                )
             for name, tensor in found.items():
                 name = hf_names.normalise(name)
                 if name in tensors:
@@ -95,13 +109,17 @@ class Checkpoint:
         if "lm_head.weight" in tensors and "lm_head.weight" not in expected:
             head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
             if embedding is None or not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
-                raise UserError(f"{self.directory}: config.json ties the word embeddings, but lm_head.weight differs "
-                                "from model.embed_tokens.weight")
+                raise UserError(
+                    f"{self.directory}: config.json ties the word embeddings, but lm_head.weight differs "
+                    "from model.embed_tokens.weight"
+                )
         if missing := [name for name in expected if name not in tensors]:
             raise UserError(f"{self.directory}: tensor '{missing[0]}' is missing" + _and_more(missing))
         if unexpected := [name for name in tensors if name not in expected]:
-            raise UserError(f"{self.directory / self.files[unexpected[0]]}: unexpected tensor '{unexpected[0]}'"
-                            + _and_more(unexpected))
+            raise UserError(
+                f"{self.directory / self.files[unexpected[0]]}: unexpected tensor '{unexpected[0]}'"
+                + _and_more(unexpected)
+            )
         for name, shape in expected.items():
             tensor, where = tensors[name], f"{self.directory / self.files[name]}: tensor '{name}'"
             if tensor.shape != shape:

@@ -66,8 +66,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         dtype, shape, (begin, end) = _dtype(path, name, entry), tuple(entry["shape"]), entry["data_offsets"]
         if end - begin != prod(shape) * dtype.itemsize:
-            raise UserError(f"{path}: tensor '{name}' of shape {shape} and dtype {dtype} takes "
-                            f"{prod(shape) * dtype.itemsize} bytes, but the header gives it {end - begin}")
+            raise UserError(
+                f"{path}: tensor '{name}' of shape {shape} and dtype {dtype} takes "
+                f"{prod(shape) * dtype.itemsize} bytes, but the header gives it {end - begin}"
+            )
         tensors[name] = pages[start + begin : start + end].view(dtype).reshape(shape)
     return tensors
 
@@ -78,7 +80,9 @@ def write(path: Path, entries: Mapping[str, Entry]) -> None:
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # "format" is what transformers asks for
     for name, entry in entries.items():
         header[name] = {
-            "dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes],
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
         }
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()

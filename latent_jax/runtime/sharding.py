@@ -29,11 +29,15 @@ def make_mesh(replica: int, fsdp: int, tp: int, devices: list | None = None) -> 
         at = sizes.index(-1)
         known = -replica * fsdp * tp
         if len(devices) % known:
-            raise UserError(f"config.mesh.{AXES[at]}: {len(devices)} devices are not a multiple of the other axes' {known}")
+            raise UserError(
+                f"config.mesh.{AXES[at]}: {len(devices)} devices are not a multiple of the other axes' {known}"
+            )
         sizes[at] = len(devices) // known
     if sizes[0] * sizes[1] * sizes[2] != len(devices):
-        raise UserError(f"config.mesh: {dict(zip(AXES, sizes, strict=True))} needs {sizes[0] * sizes[1] * sizes[2]} "
-                        f"devices, and there are {len(devices)}")
+        raise UserError(
+            f"config.mesh: {dict(zip(AXES, sizes, strict=True))} needs {sizes[0] * sizes[1] * sizes[2]} "
+            f"devices, and there are {len(devices)}"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

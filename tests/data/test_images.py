@@ -99,8 +99,13 @@ def test_window_order_and_positions_are_those_of_hf(height, width, sizes):
     np.testing.assert_array_equal(np.bincount(patches.window)[1:], np.diff(lengths.numpy()))
     assert (np.diff(patches.window) >= 0).all()
     rows, columns, merge = patches.grid[1], patches.grid[2], spec.merge_size
-    grouped = [(r, c) for top in range(0, rows, merge) for left in range(0, columns, merge)
-               for r in range(top, top + merge) for c in range(left, left + merge)]
+    grouped = [
+        (r, c)
+        for top in range(0, rows, merge)
+        for left in range(0, columns, merge)
+        for r in range(top, top + merge)
+        for c in range(left, left + merge)
+    ]
     expected = np.array(grouped).reshape(-1, spec.merge_unit, 2)[index.numpy()].reshape(-1, 2)
     np.testing.assert_array_equal(patches.positions, expected)
     np.testing.assert_array_equal(images.merged_index(patches, merge), np.argsort(index.numpy()))
@@ -125,8 +130,9 @@ def hf_video_patches(clip, spec):
     clip = clip + clip[-1:] * (len(clip) % 2)
     pixels = [still(images=[frame], return_tensors="np")["pixel_values"] for frame in clip]
     pixels = [x.reshape(len(x), 3, 2, -1)[:, :, 0] for x in pixels]
-    return np.concatenate([np.stack(pair, axis=2).reshape(len(pair[0]), -1)
-                           for pair in zip(pixels[::2], pixels[1::2], strict=True)])
+    return np.concatenate(
+        [np.stack(pair, axis=2).reshape(len(pair[0]), -1) for pair in zip(pixels[::2], pixels[1::2], strict=True)]
+    )
 
 
 def test_smart_resize_equals_hf():
@@ -170,8 +176,15 @@ def write_checkpoint(directory, settings, vision=None, name="preprocessor_config
 
 
 def test_spec_reads_both_key_styles(tmp_path):
-    published = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-                 "merge_size": 2, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
+    published = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.2, 0.1],
+    }
     spec = ImageSpec.from_directory(write_checkpoint(tmp_path, published))
     assert spec == ImageSpec(14, 2, 2, 56, 3136, 12845056, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     current = {key: value for key, value in published.items() if not key.endswith("_pixels")}
@@ -183,13 +196,16 @@ def test_spec_reads_both_key_styles(tmp_path):
     assert ImageSpec.from_directory(write_checkpoint(tmp_path, nested, name="processor_config.json")) == spec
 
 
-@pytest.mark.parametrize(("settings", "vision", "word"), [
-    ({"do_resize": False}, None, "do_resize"),
-    ({"rescale_factor": 0.5}, None, "rescale_factor"),
-    ({"patch_size": 16}, {"patch_size": 14, "window_size": 112}, "patch_size"),
-    ({"min_pixels": 9, "max_pixels": 4}, None, "min_pixels"),
-    ({}, {"window_size": 113}, "window_size"),
-])
+@pytest.mark.parametrize(
+    ("settings", "vision", "word"),
+    [
+        ({"do_resize": False}, None, "do_resize"),
+        ({"rescale_factor": 0.5}, None, "rescale_factor"),
+        ({"patch_size": 16}, {"patch_size": 14, "window_size": 112}, "patch_size"),
+        ({"min_pixels": 9, "max_pixels": 4}, None, "min_pixels"),
+        ({}, {"window_size": 113}, "window_size"),
+    ],
+)
 def test_spec_refuses_what_it_cannot_follow(settings, vision, word, tmp_path):
     with pytest.raises(UserError, match=word):
         ImageSpec.from_directory(write_checkpoint(tmp_path, settings, vision))

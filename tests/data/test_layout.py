@@ -8,29 +8,45 @@ from latent_jax.data.layout import Image, Layout, Slots, Text, Video, share_trun
 from latent_jax.errors import UserError
 
 
-@pytest.mark.parametrize("layout", [
-    {"trunk": (Image(0),)},
-    {"images": (b"x",), "views": ((Video(1),),)},
-    {"images": (b"x",), "target": 1},
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"trunk": (Image(0),)},
+        {"images": (b"x",), "views": ((Video(1),),)},
+        {"images": (b"x",), "target": 1},
+    ],
+)
 def test_an_index_outside_the_images_names_the_record(layout):
     with pytest.raises(UserError, match="record 'r7'"):
         Layout(key="r7", **layout)
 
 
 def turn(question, answer):
-    return [Text("<|im_start|>user\n"), Image(0), Text(f"{question}<|im_end|>\n<|im_start|>assistant\n"),
-            Text(answer, True), Text("<|im_end|>", True), Text("\n")]
+    return [
+        Text("<|im_start|>user\n"),
+        Image(0),
+        Text(f"{question}<|im_end|>\n<|im_start|>assistant\n"),
+        Text(answer, True),
+        Text("<|im_end|>", True),
+        Text("\n"),
+    ]
 
 
 def flat(parts):
     """Characters and blocks one by one, each with its loss: what a conversation is, however it is cut."""
-    return [unit for part in parts
-            for unit in ([(c, part.loss) for c in part.text] if isinstance(part, Text) else [part])]
+    return [
+        unit for part in parts for unit in ([(c, part.loss) for c in part.text] if isinstance(part, Text) else [part])
+    ]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["", "a", "ab", "What?"]), st.sampled_from(["x", "xy", "<|im_end|>"])),
-                min_size=1, max_size=4), st.booleans())
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "a", "ab", "What?"]), st.sampled_from(["x", "xy", "<|im_end|>"])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
 def test_trunk_and_view_are_the_conversation(pairs, slots):
     conversations = [turn(*pair) + ([Slots((1, 2))] if slots else []) for pair in pairs]

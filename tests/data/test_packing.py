@@ -12,8 +12,18 @@ from latent_jax.data.packing import Budgets, Packer, Size, choose_budgets, fill,
 from latent_jax.errors import UserError
 
 UNIT, CHANNELS = 4, 3 * 4
-BUDGETS = Budgets(micro=2, groups=2, rows=2, tokens=16, patches=24, examples=3, slots=4, channels=CHANNELS,
-                  image_patches=16, merge_unit=UNIT)
+BUDGETS = Budgets(
+    micro=2,
+    groups=2,
+    rows=2,
+    tokens=16,
+    patches=24,
+    examples=3,
+    slots=4,
+    channels=CHANNELS,
+    image_patches=16,
+    merge_unit=UNIT,
+)
 
 
 def make_example(number, tokens, images, slots, views, target):
@@ -22,8 +32,8 @@ def make_example(number, tokens, images, slots, views, target):
     merged = sum(images)
     features = np.full(tokens, -1, np.int32)
     places = rng.permutation(tokens)
-    features[places[:min(merged, tokens - slots)]] = np.arange(min(merged, tokens - slots))
-    slot_tokens = np.sort(places[tokens - slots:]).astype(np.int32)
+    features[places[: min(merged, tokens - slots)]] = np.arange(min(merged, tokens - slots))
+    slot_tokens = np.sort(places[tokens - slots :]).astype(np.int32)
     features[slot_tokens] = merged + np.arange(slots)
     return Example(
         tokens=rng.integers(1, 99, tokens).astype(np.int32),
@@ -49,8 +59,15 @@ def example_lists(draw):
     def one(number):
         images = draw(st.lists(st.integers(1, 3), max_size=2))
         tokens = draw(st.integers(5, 16))
-        return make_example(number, tokens, images, draw(st.integers(0, 4)), draw(st.integers(0, 2)),
-                            draw(st.booleans()) and bool(images))
+        return make_example(
+            number,
+            tokens,
+            images,
+            draw(st.integers(0, 4)),
+            draw(st.integers(0, 2)),
+            draw(st.booleans()) and bool(images),
+        )
+
     return [one(number) for number in range(draw(st.integers(1, 20)))]
 
 
@@ -74,15 +91,23 @@ def unpack(batch, numbers, originals):
         per_token = ("tokens", "view_ids", "targets", "loss_weights")
         found[numbers[a, g, slot]] = Example(
             **{name: group[name][row, where] for name in per_token},
-            positions=group["positions"][row][:, where], feature_index=np.array(features),
-            patches=group["patches"][here], patch_positions=group["patch_positions"][here],
-            patch_window=group["patch_window"][here] - window, patch_image=group["patch_image"][here] - image,
-            slots=group["latent_index"][slot, :len(original.slots)] - flat,
+            positions=group["positions"][row][:, where],
+            feature_index=np.array(features),
+            patches=group["patches"][here],
+            patch_positions=group["patch_positions"][here],
+            patch_window=group["patch_window"][here] - window,
+            patch_image=group["patch_image"][here] - image,
+            slots=group["latent_index"][slot, : len(original.slots)] - flat,
             target_image=int(group["target_image"][slot] - image) if group["latent_mask"][slot] else 0,
-            target_grid=group["target_grid"][slot], caption_span=group["caption_span"][slot] - flat, key=original.key,
+            target_grid=group["target_grid"][slot],
+            caption_span=group["caption_span"][slot] - flat,
+            key=original.key,
         )
-        starts[a, g] = (patch + count, window + original.patch_window.max(initial=0),
-                        image + original.patch_image.max(initial=0))
+        starts[a, g] = (
+            patch + count,
+            window + original.patch_window.max(initial=0),
+            image + original.patch_image.max(initial=0),
+        )
     return found, starts
 
 
@@ -113,8 +138,16 @@ def test_unpacking_gives_every_example_back(examples):
 
 def check_shapes(batch):
     A, G, B, T, P, E, S, c = dataclasses.astuple(BUDGETS)[:8]
-    wide = {"positions": (B, 3, T), "patches": (P, c), "patch_positions": (P, 2), "patch_window": (P,),
-            "patch_image": (P,), "latent_index": (E, S), "target_grid": (E, 2), "caption_span": (E, 2)}
+    wide = {
+        "positions": (B, 3, T),
+        "patches": (P, c),
+        "patch_positions": (P, 2),
+        "patch_window": (P,),
+        "patch_image": (P,),
+        "latent_index": (E, S),
+        "target_grid": (E, 2),
+        "caption_span": (E, 2),
+    }
     for name, array in batch.items():
         slots = name.startswith(("example_", "latent_mask", "target_image"))
         assert array.shape == (A, G, *wide.get(name, (E,) if slots else (B, T))), name
@@ -168,12 +201,15 @@ def test_the_example_budget_binds_a_group():
     assert batches[0][1].tolist() == [[[0, 1], [2, 3]]]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"tokens": 17}, "17 tokens, more than the budget of 16"),
-    ({"images": [3, 4]}, "28 patches, more than the budget of 24"),
-    ({"images": [5]}, "20 patches in one image, more than the budget of 16"),
-    ({"slots": 5}, "5 slots, more than the budget of 4"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokens": 17}, "17 tokens, more than the budget of 16"),
+        ({"images": [3, 4]}, "28 patches, more than the budget of 24"),
+        ({"images": [5]}, "20 patches in one image, more than the budget of 16"),
+        ({"slots": 5}, "5 slots, more than the budget of 4"),
+    ],
+)
 def test_an_example_over_budget_is_named_and_not_taken(change, words):
     values = {"tokens": 8, "images": [1], "slots": 0, "views": 0, "target": False, **change}
     packer = Packer(BUDGETS)
@@ -240,8 +276,10 @@ def test_budgets_of_uniform_images_waste_nothing():
     assert budgets.image_patches == 64 and budgets.slots == 16 and budgets.examples == 32
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 100)), min_size=1, max_size=20),
-       st.sampled_from([(1, 1, 1), (8, 2, 2), (16, 4, 1)]))
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 100)), min_size=1, max_size=20),
+    st.sampled_from([(1, 1, 1), (8, 2, 2), (16, 4, 1)]),
+)
 @settings(max_examples=5, deadline=None)
 def test_chosen_budgets_are_divisible_and_hold_every_sampled_example(lengths, shape):
     sizes = [Size(tokens, merged * 4, 0, 588, merged * 4) for tokens, merged in lengths]

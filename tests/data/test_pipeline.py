@@ -32,8 +32,10 @@ def png(seed):
 
 
 def records(count, prefix="r"):
-    return [{"key": f"{prefix}{i}", "images": [png(i)], "captions": [f"{prefix} {i} " + "ball " * (i % 5)]}
-            for i in range(count)]
+    return [
+        {"key": f"{prefix}{i}", "images": [png(i)], "captions": [f"{prefix} {i} " + "ball " * (i % 5)]}
+        for i in range(count)
+    ]
 
 
 def layout(record, index):
@@ -75,8 +77,10 @@ def test_one_epoch_in_order_gives_every_record_once(codec):
 
 
 def test_batches_do_not_depend_on_threads_or_prefetch(codec):
-    runs = [list(make(records(17), codec, epochs=2, threads=threads, prefetch=prefetch))
-            for threads, prefetch in ((0, 1), (1, 3), (5, 2))]
+    runs = [
+        list(make(records(17), codec, epochs=2, threads=threads, prefetch=prefetch))
+        for threads, prefetch in ((0, 1), (1, 3), (5, 2))
+    ]
     for batches in zip(*runs, strict=True):
         equal(batches[0], batches[1])
         equal(batches[0], batches[2])
@@ -84,7 +88,7 @@ def test_batches_do_not_depend_on_threads_or_prefetch(codec):
 
 def test_every_epoch_is_a_new_order_of_all_records(codec):
     found = sorted(order(make(records(15), codec, epochs=3), codec))
-    epochs = [[key for _, key in found[start:start + 15]] for start in (0, 15, 30)]
+    epochs = [[key for _, key in found[start : start + 15]] for start in (0, 15, 30)]
     assert [index for index, _ in found] == list(range(45))
     assert all(sorted(epoch) == sorted(f"r{i}" for i in range(15)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3

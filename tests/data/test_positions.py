@@ -27,25 +27,33 @@ def hf_positions(spans):
             grids[kind].append([slices, rows * MERGE, columns * MERGE])
             seconds += [second] if kind == 2 else []
     vision = SimpleNamespace(spatial_merge_size=MERGE, tokens_per_second=TOKENS_PER_SECOND)
-    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision),
-                            get_vision_position_ids=functools.partial(Qwen2_5_VLModel.get_vision_position_ids, None))
+    model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision),
+        get_vision_position_ids=functools.partial(Qwen2_5_VLModel.get_vision_position_ids, None),
+    )
     positions, _ = Qwen2_5_VLModel.get_rope_index(
-        model, torch.zeros(1, len(types), dtype=torch.long), torch.tensor([types]),
-        image_grid_thw=torch.tensor(grids[1]), video_grid_thw=torch.tensor(grids[2]),
+        model,
+        torch.zeros(1, len(types), dtype=torch.long),
+        torch.tensor([types]),
+        image_grid_thw=torch.tensor(grids[1]),
+        video_grid_thw=torch.tensor(grids[2]),
         second_per_grid_ts=torch.tensor(seconds),
     )
     return positions[:, 0].numpy()
 
 
 def ours(spans):
-    return [span if isinstance(span, int) else
-            Grid(*span[1:4], TOKENS_PER_SECOND * span[4] if span[0] == 2 else 1.0) for span in spans]
+    return [
+        span if isinstance(span, int) else Grid(*span[1:4], TOKENS_PER_SECOND * span[4] if span[0] == 2 else 1.0)
+        for span in spans
+    ]
 
 
 VISUAL = st.one_of(
     st.tuples(st.just(1), st.just(1), st.integers(1, 5), st.integers(1, 5), st.just(1.0)),
-    st.tuples(st.just(2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4),
-              st.sampled_from([0.3, 1.0, 2.5, 1 / 12])),
+    st.tuples(
+        st.just(2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.3, 1.0, 2.5, 1 / 12])
+    ),
 )
 
 

@@ -110,8 +110,11 @@ def answer(scene, question):
         return "yes" if len({getattr(named(match[side]), match[3]) for side in (1, 2)}) == 1 else "no"
     if match := re.fullmatch(r"What (\w+) is the nearest object (left|right|above|below)(?: of)? the (.+)\?", question):
         thing = named(match[3])
-        there = [other for other in scene.things if holds(scene, other, match[2], thing)
-                 and scene.is_side(match[2], other, thing)]
+        there = [
+            other
+            for other in scene.things
+            if holds(scene, other, match[2], thing) and scene.is_side(match[2], other, thing)
+        ]
         distances = [np.hypot(*np.subtract(scene.center(other), scene.center(thing))) for other in there]
         assert sum(np.isclose(distances, min(distances))) == 1
         return getattr(there[int(np.argmin(distances))], match[1])
@@ -250,8 +253,20 @@ def check_graph(graph, pixels):
 
 
 def check_question(question_id, question, questions, graphs):
-    assert question.keys() == {"semantic", "entailed", "equivalent", "question", "imageId", "isBalanced", "groups",
-                               "answer", "semanticStr", "annotations", "types", "fullAnswer"}
+    assert question.keys() == {
+        "semantic",
+        "entailed",
+        "equivalent",
+        "question",
+        "imageId",
+        "isBalanced",
+        "groups",
+        "answer",
+        "semanticStr",
+        "annotations",
+        "types",
+        "fullAnswer",
+    }
     assert question["types"].keys() == {"detailed", "semantic", "structural"}
     assert question["types"]["structural"] in {"query", "verify", "choose", "logical", "compare"}
     assert question["types"]["semantic"] in {"obj", "attr", "cat", "rel", "global"}
@@ -269,8 +284,10 @@ def check_question(question_id, question, questions, graphs):
         assert question["answer"] in questions[other]["question"]
 
 
-@pytest.mark.parametrize("bad", [
-    {"sizes": {"dev": 3}}, {"sizes": {"train": 0}}, {"placement": "ring"}, {"objects": (1, 4)}, {"striped": 2.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"sizes": {"dev": 3}}, {"sizes": {"train": 0}}, {"placement": "ring"}, {"objects": (1, 4)}, {"striped": 2.0}],
+)
 def test_bad_arguments_are_named(tmp_path, bad):
     with pytest.raises(UserError, match="expected"):
         scenes.write(tmp_path / "x", **{"sizes": {"train": 1}, **bad})
@@ -281,16 +298,31 @@ def test_bad_arguments_are_named(tmp_path, bad):
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATS = [
     ([{"role": "user", "content": "Hi "}], {}, SYSTEM + "<|im_start|>user\nHi <|im_end|>\n"),
-    ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}],
-     {"add_generation_prompt": True},
-     SYSTEM + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\nWhat?<|im_end|>\n"
-     "<|im_start|>assistant\n"),
-    ([{"role": "system", "content": "S"}, {"role": "user", "content": [
-        {"type": "video"}, {"type": "image_url", "image_url": "x"}, {"type": "image"}, {"type": "text", "text": "?"}]},
-      {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}], {"add_vision_id": True},
-     "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nVideo 1: <|vision_start|><|video_pad|><|vision_end|>"
-     "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Picture 2: <|vision_start|><|image_pad|><|vision_end|>?"
-     "<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"),
+    (
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}],
+        {"add_generation_prompt": True},
+        SYSTEM + "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    (
+        [
+            {"role": "system", "content": "S"},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video"},
+                    {"type": "image_url", "image_url": "x"},
+                    {"type": "image"},
+                    {"type": "text", "text": "?"},
+                ],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+        ],
+        {"add_vision_id": True},
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nVideo 1: <|vision_start|><|video_pad|><|vision_end|>"
+        "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Picture 2: <|vision_start|><|image_pad|><|vision_end|>?"
+        "<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
+    ),
 ]
 
 

@@ -56,9 +56,11 @@ def test_records_are_those_of_the_official_files(prepared, split):
 
 def test_the_same_files_under_their_own_names(prepared):
     assert list(sources.open_source("coco_captions", str(prepared), "train")) == list(
-        sources.open_source("scenes", prepared, "train"))
+        sources.open_source("scenes", prepared, "train")
+    )
     assert list(sources.open_source("gqa", prepared, "train")) == list(
-        sources.open_source("scenes_questions", prepared, "train"))
+        sources.open_source("scenes_questions", prepared, "train")
+    )
 
 
 def test_sequence_habits(prepared):
@@ -82,11 +84,15 @@ def test_many_threads_read_the_same(prepared):
 def test_join_keeps_what_both_have(prepared):
     captions = sources.open_source("scenes", prepared, "validation")
     # GQA's imageId is text and need not be padded as COCO's file names are.
-    questions = [{"key": f"{int(captions[i]['key']):012}", "images": [], "captions": [], "questions": [{"id": str(i)}]}
-                 for i in (7, 2)]
+    questions = [
+        {"key": f"{int(captions[i]['key']):012}", "images": [], "captions": [], "questions": [{"id": str(i)}]}
+        for i in (7, 2)
+    ]
     joined = sources.join(captions, [*questions, {"key": "n161313", "questions": []}])
     assert [(record["key"], record["questions"]) for record in joined] == [
-        (captions[2]["key"], [{"id": "2"}]), (captions[7]["key"], [{"id": "7"}])]
+        (captions[2]["key"], [{"id": "2"}]),
+        (captions[7]["key"], [{"id": "7"}]),
+    ]
     assert joined[0]["captions"] == captions[2]["captions"]
     with pytest.raises(UserError, match="no image in common"):
         sources.join(captions, sources.open_source("scenes_questions", prepared, "train"))

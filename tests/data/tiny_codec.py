@@ -8,8 +8,15 @@ from transformers import PreTrainedTokenizerFast
 
 from latent_jax.data.chat import Codec
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-            "<|video_pad|>"]
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -34,8 +41,13 @@ def tokenizer(specials=SPECIALS, template=TEMPLATE):
 
 def write(directory: Path, **changes) -> Path:
     tokenizer(**changes).save_pretrained(directory)
-    preprocessing = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 28 * 28,
-                     "max_pixels": 112 * 112}
+    preprocessing = {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "min_pixels": 28 * 28,
+        "max_pixels": 112 * 112,
+    }
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     vision = {"window_size": 56, "patch_size": 14, "spatial_merge_size": 2, "tokens_per_second": 2}
     (directory / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": vision}))

@@ -26,8 +26,16 @@ from tests.reference.conversations import picture
 from tests.reference.theirs import Processor
 
 SIDE = 2
-CAPTIONS = ["a large red ball", "a small blue cube left of a green cone", "three stars", "a red ball.",
-            "one cone above it", "a striped yellow cube", "a purple star and a cyan ball", "small green things"]
+CAPTIONS = [
+    "a large red ball",
+    "a small blue cube left of a green cone",
+    "three stars",
+    "a red ball.",
+    "one cone above it",
+    "a striped yellow cube",
+    "a purple star and a cyan ball",
+    "small green things",
+]
 # In pixels, for patches of 8: merged grids of 3 x 5, 4 x 4, 2 x 6 ..., which a 2 x 2 grid does and does not divide.
 SIZES = [(48, 80), (64, 64), (32, 96), (80, 48), (48, 48), (64, 80), (48, 64), (80, 80)]
 
@@ -47,8 +55,10 @@ def records() -> list[dict]:
         image.save(buffer, "png")
         return buffer.getvalue()
 
-    return [{"key": f"r{i}", "images": [png(picture(*size, seed=i))], "captions": [caption], "questions": []}
-            for i, (size, caption) in enumerate(zip(SIZES, CAPTIONS, strict=True))]
+    return [
+        {"key": f"r{i}", "images": [png(picture(*size, seed=i))], "captions": [caption], "questions": []}
+        for i, (size, caption) in enumerate(zip(SIZES, CAPTIONS, strict=True))
+    ]
 
 
 @functools.cache
@@ -69,8 +79,19 @@ def made(config):
 def packed(config, layout=pretrain.layout) -> tuple[dict, np.ndarray]:
     """The eight records in two groups of two rows, with room to spare; and which example stands in which slot."""
     loaded = made(config)[0]
-    packer = Packer(Budgets(micro=1, groups=2, rows=2, tokens=112, patches=576, examples=5, channels=192,
-                            slots=pretrain.slots(config), image_patches=128))
+    packer = Packer(
+        Budgets(
+            micro=1,
+            groups=2,
+            rows=2,
+            tokens=112,
+            patches=576,
+            examples=5,
+            channels=192,
+            slots=pretrain.slots(config),
+            image_patches=128,
+        )
+    )
     for i, record in enumerate(records()):
         assert packer.add(loaded.codec.lay_out(layout(record, i, config, loaded.codec))) is None
     batch = packer.flush()
@@ -99,11 +120,11 @@ def caption_states(config, caption: str) -> tuple[np.ndarray, np.ndarray, float,
     positions, _ = model.model.get_rope_index(ids, pads.int(), grid)
     with torch.no_grad():
         hidden = model.model.language_model(inputs_embeds=x, position_ids=positions).last_hidden_state
-        loss = latent.cross_entropy(model.lm_head(hidden)[0, :count].numpy(), ids[0, 1:count + 1].numpy())
+        loss = latent.cross_entropy(model.lm_head(hidden)[0, :count].numpy(), ids[0, 1 : count + 1].numpy())
     hidden = hidden[0].double().numpy()
     if by_slots:
         return hidden[pads[0].numpy()], loss, count
-    text = hidden[count] if config.latent.readout == "last_token" else hidden[1:count + 1].mean(0)
+    text = hidden[count] if config.latent.readout == "last_token" else hidden[1 : count + 1].mean(0)
     return text + slots, loss, count
 
 
@@ -117,14 +138,17 @@ def replay_loss(config, record) -> tuple[float, int]:
     start = Processor.of(saved("small_patches")[0])([turns[:1]])["input_ids"].shape[1]
     count = len(loaded.codec.tokenizer(caption)["input_ids"]) + 1
     with torch.no_grad():
-        logits = model(**inputs).logits[0, start - 1:start - 1 + count].numpy()
-    return latent.cross_entropy(logits, inputs["input_ids"][0, start:start + count].numpy()), count
+        logits = model(**inputs).logits[0, start - 1 : start - 1 + count].numpy()
+    return latent.cross_entropy(logits, inputs["input_ids"][0, start : start + count].numpy()), count
 
 
 def head_weights(arrays) -> dict[str, np.ndarray]:
     """The head's parameters and statistics in float64."""
-    return {path.removeprefix("head."): np.asarray(array, np.float64) for path, array in arrays.items()
-            if path.startswith("head.")}
+    return {
+        path.removeprefix("head."): np.asarray(array, np.float64)
+        for path, array in arrays.items()
+        if path.startswith("head.")
+    }
 
 
 def picture_of(record):
@@ -134,7 +158,8 @@ def picture_of(record):
 def target_latents(config, record) -> np.ndarray:
     _, model, _, _ = made(config)
     inputs = Processor.of(saved("small_patches")[0])(
-        [[{"role": "user", "content": [{"type": "image", "image": picture_of(record)}]}]])
+        [[{"role": "user", "content": [{"type": "image", "image": picture_of(record)}]}]]
+    )
     return latent.image_latents(model, inputs, config.latent.space, SIDE)
 
 
@@ -156,7 +181,8 @@ VARIANTS = {
         loss=dict(similarity="smooth_l1", smooth_l1_beta=0.7, alignment="relational"),
     ),
     "slots_encoder": dict(
-        latent=dict(readout="slots", space="encoder"), loss=dict(similarity="contrastive", alignment="infonce"),
+        latent=dict(readout="slots", space="encoder"),
+        loss=dict(similarity="contrastive", alignment="infonce"),
     ),
 }
 
@@ -166,8 +192,9 @@ def test_terms_of_a_packed_batch_equal_the_examples_one_by_one(variant):
     config = make_config(**VARIANTS[variant])
     _, _, structure, arrays = made(config)
     batch, _ = packed(config)
-    run = jax.jit(lambda arrays, batch: pretrain.loss(structure.build(arrays), batch, config),
-                  compiler_options=ours.QUICK)
+    run = jax.jit(
+        lambda arrays, batch: pretrain.loss(structure.build(arrays), batch, config), compiler_options=ours.QUICK
+    )
     terms, metrics = run(arrays, batch)
 
     weights = head_weights(arrays)
@@ -184,8 +211,12 @@ def test_terms_of_a_packed_batch_equal_the_examples_one_by_one(variant):
     expected = {
         "next_token": (spoken, tokens),
         "similarity": (latent.similarity(config.loss.similarity, p, z, config.loss), p.shape[0] * p.shape[1]),
-        "alignment": (latent.alignment(config.loss.alignment, p.mean(1), z.mean(1), weights["logit_scale"],
-                                       weights["logit_bias"]), len(p)),
+        "alignment": (
+            latent.alignment(
+                config.loss.alignment, p.mean(1), z.mean(1), weights["logit_scale"], weights["logit_bias"]
+            ),
+            len(p),
+        ),
     }
     assert terms.keys() == expected.keys() == pretrain.coefficients(config, jnp.float32(0.5)).keys()
     for name, (total, weight) in expected.items():
@@ -210,30 +241,22 @@ def test_what_is_imagined_after_training_is_what_training_predicted():
             np.testing.assert_allclose(latents, want, atol=1e-4 * np.abs(want).max())
 
 
-def test_gradients_reach_the_encoder_through_words_only_and_never_through_targets():
+def test_gradients_do_not_reach_the_encoder_through_the_targets():
     config = make_config(loss=dict(similarity="l2", alignment="infonce"))
     _, _, structure, arrays = made(config)
     batch, _ = packed(config)
 
     @functools.partial(jax.jit, compiler_options=ours.QUICK)
+    @jax.grad
     def gradients(arrays):
-        def sums(arrays):
-            terms, _ = pretrain.loss(structure.build(arrays), batch, config)
-            return terms["similarity"][0] + terms["alignment"][0], terms["next_token"][0]
+        terms, _ = pretrain.loss(structure.build(arrays), batch, config)
+        return terms["similarity"][0] + terms["alignment"][0]
 
-        _, back = jax.vjp(sums, arrays)
-        return back((1.0, 0.0))[0], back((0.0, 1.0))[0]
-
-    latents, words = gradients(arrays)
-    for path in arrays:
-        by_latents, by_words = np.abs(latents[path]).max(), np.abs(words[path]).max()
-        if path.startswith("vlm.vision."):
-            assert by_latents == 0, path
-            assert by_words > 0, path
-        elif path.startswith("vlm.text.blocks"):
-            assert by_latents > 0 and by_words > 0, path
-        elif structure.trained(path) and path.startswith("head.") and path != "head.logit_bias":
-            assert by_latents > 0, path
+    for path, gradient in gradients(arrays).items():
+        trained = not path.startswith("vlm.vision.") and structure.trained(path)
+        reached = trained and path not in ("head.logit_bias", "vlm.text.lm_head")
+        if path not in ("head.mean", "head.scale"):  # they are frozen, and only standardise the target
+            assert bool(np.abs(gradient).max() > 0) == reached, path
 
 
 @pytest.mark.parametrize("scale", ["rms", "std"])
@@ -315,8 +338,14 @@ def test_imagined_grid():
 
 
 def test_coefficients_follow_their_schedules():
-    config = make_config(loss=dict(next_token_weight=2.0, similarity_weight=0.5, alignment_weight=0.0,
-                                   similarity_schedule=((0.0, 0.0), (0.5, 1.0))))
+    config = make_config(
+        loss=dict(
+            next_token_weight=2.0,
+            similarity_weight=0.5,
+            alignment_weight=0.0,
+            similarity_schedule=((0.0, 0.0), (0.5, 1.0)),
+        )
+    )
     found = {fraction: pretrain.coefficients(config, jnp.float32(fraction)) for fraction in (0.0, 0.25, 0.5, 1.0)}
     assert [float(each["similarity"]) for each in found.values()] == [0.0, 0.25, 0.5, 0.5]
     assert {float(each["next_token"]) for each in found.values()} == {2.0}

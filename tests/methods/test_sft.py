@@ -58,8 +58,11 @@ def conversations() -> list[tuple[list[dict], str]]:
 @functools.cache
 def packed():
     loaded, config = ours.load(saved(NAME)[0]), make_config()
-    packer = Packer(Budgets(micro=1, groups=1, rows=2, tokens=192, patches=320, examples=4, channels=192, slots=0,
-                            image_patches=128))
+    packer = Packer(
+        Budgets(
+            micro=1, groups=1, rows=2, tokens=192, patches=320, examples=4, channels=192, slots=0, image_patches=128
+        )
+    )
     for i, record in enumerate(records()):
         assert packer.add(loaded.codec.lay_out(sft.layout(record, i, config, loaded.codec))) is None
     return {key: jnp.asarray(value[0]) for key, value in packer.flush().items()}
@@ -68,8 +71,10 @@ def packed():
 def test_packed_views_equal_the_conversations_one_by_one():
     directory, model = saved(NAME)
     loaded, config, batch = ours.load(directory), make_config(), packed()
-    run = jax.jit(lambda arrays: sft.loss(LatentVLM(loaded.structure.build(arrays), None), batch, config),
-                  compiler_options=ours.QUICK)
+    run = jax.jit(
+        lambda arrays: sft.loss(LatentVLM(loaded.structure.build(arrays), None), batch, config),
+        compiler_options=ours.QUICK,
+    )
     terms, metrics = run(loaded.arrays)
 
     total = tokens = correct = 0
@@ -79,8 +84,8 @@ def test_packed_views_equal_the_conversations_one_by_one():
         start = Processor.of(directory)([turns])["input_ids"].shape[1]
         count = len(loaded.codec.tokenizer(answer)["input_ids"]) + 1  # and the end of the turn
         with torch.no_grad():
-            logits = model(**inputs).logits[0, start - 1:start - 1 + count].numpy()
-        want = inputs["input_ids"][0, start:start + count].numpy()
+            logits = model(**inputs).logits[0, start - 1 : start - 1 + count].numpy()
+        want = inputs["input_ids"][0, start : start + count].numpy()
         total, tokens = total + latent.cross_entropy(logits, want), tokens + count
         correct += int((logits.argmax(-1) == want).sum())
     np.testing.assert_allclose(terms["next_token"][0], total, rtol=1e-4)

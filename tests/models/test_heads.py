@@ -23,7 +23,7 @@ def head(seed=0, **options) -> LatentHead:
 def test_equals_the_formula():
     made, x = head(), np.random.default_rng(1).normal(size=(3, S, D))
     w = {path: np.asarray(array, np.float64) for path, array in Structure.of(made).arrays(made).items()}
-    np.testing.assert_allclose(made(jnp.asarray(x, jnp.float32)), latent.head(w, x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(made)(jnp.asarray(x, jnp.float32)), latent.head(w, x), rtol=1e-4, atol=1e-4)
 
 
 def test_predictions_are_fp32_whatever_the_hidden_states_are():

@@ -81,7 +81,8 @@ def test_a_dtype_stated_in_published_style_is_restated(tmp_path):
     (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16", "vision_config": {"torch_dtype": "bfloat16"}}')
     hf_export._restate_dtype(tmp_path / "config.json", np.dtype(np.float32))
     assert json.loads((tmp_path / "config.json").read_text()) == {
-        "torch_dtype": "float32", "vision_config": {"torch_dtype": "float32"},
+        "torch_dtype": "float32",
+        "vision_config": {"torch_dtype": "float32"},
     }
 
 
@@ -89,8 +90,14 @@ def test_a_dtype_stated_in_published_style_is_restated(tmp_path):
 def test_sharded_arrays_are_gathered_tensor_by_tensor(made, tmp_path, context, monkeypatch):
     monkeypatch.setattr(hf_export, "PIECE_BYTES", 500)  # the embeddings take several pieces
     mesh = jax.make_mesh((2, 2, 2), ("replica", "fsdp", "tp"))
-    specs = {"text.embed": P("tp", "fsdp"), "text.blocks.q": P(None, "fsdp", "tp"), "text.lm_head": P(("fsdp", "tp")),
-             "text.blocks.down": P(None, "tp", "fsdp"), "vision.blocks.qkv": P("tp"), "text.norm": P()}
+    specs = {
+        "text.embed": P("tp", "fsdp"),
+        "text.blocks.q": P(None, "fsdp", "tp"),
+        "text.lm_head": P(("fsdp", "tp")),
+        "text.blocks.down": P(None, "tp", "fsdp"),
+        "vision.blocks.qkv": P("tp"),
+        "text.norm": P(),
+    }
     load = {"shardings": {path: NamedSharding(mesh, spec) for path, spec in specs.items()}}
     if context == "none":
         output = export(made, tmp_path / "b", load=load)
@@ -164,10 +171,13 @@ def test_latent_tensors_stand_beside_the_weights_and_travel_on(made, tmp_path):
     assert not report["unexpected_keys"]
 
 
-@pytest.mark.parametrize(("lost", "message"), [
-    ("latent_config.json", r"latent_config\.json: no such file, but latent_head\.safetensors stands beside it"),
-    ("latent_head.safetensors", r"latent_head\.safetensors: no such file"),
-])
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("latent_config.json", r"latent_config\.json: no such file, but latent_head\.safetensors stands beside it"),
+        ("latent_head.safetensors", r"latent_head\.safetensors: no such file"),
+    ],
+)
 def test_half_a_latent_head_is_an_error(tmp_path, lost, message):
     hf_export.save_latent(tmp_path, LATENT, {})
     (tmp_path / lost).unlink()
@@ -179,7 +189,11 @@ def test_an_earlier_export_is_replaced_whole(made, tmp_path):
     export(made, tmp_path / "b", max_shard_bytes=5000, latent=(LATENT, {}))
     output = export(made, tmp_path / "b")
     assert {file.name for file in output.iterdir()} == {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
 

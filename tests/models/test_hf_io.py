@@ -92,8 +92,12 @@ def test_piecewise_transfer_gives_the_same_arrays(made, small_pieces):
 
 
 SPECS = {
-    "text.blocks.q": P(None, "fsdp", "tp"), "text.blocks.o": P(None, "tp", None, "fsdp"), "text.embed": P("tp", "fsdp"),
-    "vision.blocks.qkv": P(None, "fsdp", None, "tp"), "vision.patch": P(None, None, "fsdp"), "text.norm": P(),
+    "text.blocks.q": P(None, "fsdp", "tp"),
+    "text.blocks.o": P(None, "tp", None, "fsdp"),
+    "text.embed": P("tp", "fsdp"),
+    "vision.blocks.qkv": P(None, "fsdp", None, "tp"),
+    "vision.patch": P(None, None, "fsdp"),
+    "text.norm": P(),
 }
 
 
@@ -122,8 +126,11 @@ def test_reads_only_the_indexed_part(made, monkeypatch):
     """The host never assembles more than was asked for."""
     weight = hf_io.Checkpoint.open(made).weights(from_json(made / "config.json"))["text.blocks.gate"]
     copied = []
-    monkeypatch.setattr(hf_io, "copy_in_order", lambda view, out=None, copy=hf_io.copy_in_order: (
-        copied.append(view.shape), copy(view, out))[1])
+    monkeypatch.setattr(
+        hf_io,
+        "copy_in_order",
+        lambda view, out=None, copy=hf_io.copy_in_order: (copied.append(view.shape), copy(view, out))[1],
+    )
     part = weight[1:3, 4:8, ::1]
     np.testing.assert_array_equal(part.astype(np.float32), reference(made)["text.blocks.gate"][1:3, 4:8])
     assert copied == [(4, 20), (4, 20)]

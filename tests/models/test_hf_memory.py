@@ -78,8 +78,9 @@ def tensors(directory):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_host_overhead_of_a_3b_checkpoint(checkpoint, tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEASURE, checkpoint, tmp_path / "out"], check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, checkpoint, tmp_path / "out"], check=True, capture_output=True, text=True
+    )
     figures = json.loads(done.stdout.splitlines()[-1])
     print({name: f"{value / 2**30:.2f} GiB" if value > 1e6 else f"{value:.1f}" for name, value in figures.items()})
     assert figures["arrays"] > 7e9

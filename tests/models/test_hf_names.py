@@ -84,19 +84,31 @@ def test_both_directions_undo_each_other_for_any_sizes(data):
     base = from_json(tiny_hf.config(tied=False).to_dict())
     K, half = size(), size()
     text = dataclasses.replace(
-        base.text, vocab_size=size(), hidden_size=size(), intermediate_size=size(), num_attention_heads=K * size(),
-        num_key_value_heads=K, head_size=2 * half, mrope_section=(half, 0, 0),
+        base.text,
+        vocab_size=size(),
+        hidden_size=size(),
+        intermediate_size=size(),
+        num_attention_heads=K * size(),
+        num_key_value_heads=K,
+        head_size=2 * half,
+        mrope_section=(half, 0, 0),
     )
     heads, patch = size(), size()
     vision = dataclasses.replace(
-        base.vision, hidden_size=4 * heads, num_heads=heads, intermediate_size=size(), temporal_patch_size=size(),
-        patch_size=patch, window_size=2 * patch, out_hidden_size=size(),
+        base.vision,
+        hidden_size=4 * heads,
+        num_heads=heads,
+        intermediate_size=size(),
+        temporal_patch_size=size(),
+        patch_size=patch,
+        window_size=2 * patch,
+        out_hidden_size=size(),
     )
     config = dataclasses.replace(base, text=text, vision=vision)
     for weight in hf_names.weights(config):
         theirs = np.random.default_rng(0).random(weight.published_shape(config), np.float32)
         ours = weight.to_ours(theirs, config)
-        assert ours.shape == weight.shape(config)[weight.stacked:]
+        assert ours.shape == weight.shape(config)[weight.stacked :]
         np.testing.assert_array_equal(weight.to_published(ours, config), theirs)
 
 

@@ -38,7 +38,8 @@ def rewrite_header(path, edit):
 def test_reads_what_the_reference_package_wrote(written):
     tensors = tensor_files.read(written)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} == {
-        "w": (ml_dtypes.bfloat16, (3, 4)), "b": (np.float32, (2,)),
+        "w": (ml_dtypes.bfloat16, (3, 4)),
+        "b": (np.float32, (2,)),
     }
     np.testing.assert_array_equal(tensors["w"].astype(np.float32), np.arange(12.0).reshape(3, 4))
 
@@ -104,8 +105,10 @@ def test_trailing_bytes_are_an_error(written):
         tensor_files.read(written)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 64, (4).to_bytes(8, "little") + b"nope",
-                                     (11).to_bytes(8, "little") + b'{"w": "f32"'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"abc", b"\xff" * 64, (4).to_bytes(8, "little") + b"nope", (11).to_bytes(8, "little") + b'{"w": "f32"'],
+)
 def test_another_kind_of_file_is_named(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.safetensors: not a safetensors file"):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax.ops.attention import block_attention, masked_attention, packed_mask
+from tests.reference.ours import QUICK
 
 
 def dense(q, k, v, mask):
@@ -75,7 +76,7 @@ def test_trunk_repeated_equals_shared_trunk():
     np.testing.assert_allclose(repeated, np.asarray(shared)[index], atol=1e-6)
 
 
-P, BLOCKS = 29, (2, 4, 7, 10)
+P, BLOCKS = 29, (2, 7, 10)
 
 
 @functools.cache
@@ -90,7 +91,7 @@ def block_program(block: int):
         own = ids[:, None, :, None] == ids[:, None, None]
         return jnp.einsum("gnpu,gunh->gpnh", jax.nn.softmax(jnp.where(own, scores, -jnp.inf)), v)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(q, k, v, ids, cotangent):
         pairs = [jax.vjp(lambda q, k, v, f=f: f(q, k, v, ids), q, k, v) for f in (ours, reference)]
         return [(out, back(cotangent)) for out, back in pairs]
@@ -99,8 +100,11 @@ def block_program(block: int):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(BLOCKS).flatmap(
-    lambda block: st.tuples(st.just(block), st.lists(st.integers(1, block), min_size=1, max_size=P))))
+@given(
+    st.sampled_from(BLOCKS).flatmap(
+        lambda block: st.tuples(st.just(block), st.lists(st.integers(1, block), min_size=1, max_size=P))
+    )
+)
 def test_block_attention_equals_dense_forward_and_gradient(case):
     """Ragged runs up to a block long, padding behind them; P is a multiple of no block."""
     block, runs = case

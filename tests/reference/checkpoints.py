@@ -22,8 +22,9 @@ SHAPES = {
     "last_full": dict(heads=(1, 1, 128), sections=(16, 24, 24), vision=(2, 32), window=168, full=(2,), depth=3),
     "none_full_tied": dict(heads=(4, 2, 16), sections=(2, 3, 3), vision=(1, 128), window=56, full=(), tied=True),
     "all_full": dict(heads=(4, 1, 16), sections=(4, 2, 2), vision=(2, 64), window=112, full=(0, 1)),
-    "wide_window": dict(heads=(6, 3, 16), sections=(2, 3, 3), vision=(3, 16), window=168, full=(0, 2), depth=3,
-                        theta=1e4),
+    "wide_window": dict(
+        heads=(6, 3, 16), sections=(2, 3, 3), vision=(3, 16), window=168, full=(0, 2), depth=3, theta=1e4
+    ),
     "two_wide_heads": dict(heads=(2, 1, 128), sections=(16, 24, 24), vision=(2, 80), window=112, full=(1,), tied=True),
     "small_patches": dict(heads=(2, 1, 32), sections=(4, 6, 6), vision=(2, 16), window=48, full=(1,), patch=8),
     "merge_four": dict(heads=(2, 2, 32), sections=(8, 4, 4), vision=(2, 16), window=112, full=(1,), merge=4),
@@ -45,20 +46,38 @@ def config(name: str) -> Qwen2_5_VLConfig:
     hidden, tied = query_heads * head_size, shape.get("tied", False)
     return Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden + 24, rms_norm_eps=1e-5,
-            num_hidden_layers=shape.get("layers", 2), num_attention_heads=query_heads, num_key_value_heads=key_heads,
-            max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
-            rope_parameters=dict(rope_type="default", rope_theta=shape.get("theta", 1e6),
-                                 mrope_section=list(shape["sections"])),
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=hidden + 24,
+            rms_norm_eps=1e-5,
+            num_hidden_layers=shape.get("layers", 2),
+            num_attention_heads=query_heads,
+            num_key_value_heads=key_heads,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=None,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=shape.get("theta", 1e6), mrope_section=list(shape["sections"])
+            ),
         ),
         vision_config=dict(
-            depth=shape.get("depth", 2), hidden_size=vision_heads * vision_head_size, num_heads=vision_heads,
-            intermediate_size=vision_heads * vision_head_size + 20, patch_size=shape.get("patch", 14),
-            temporal_patch_size=2, spatial_merge_size=shape.get("merge", 2), window_size=shape["window"],
-            fullatt_block_indexes=list(shape["full"]), out_hidden_size=hidden, tokens_per_second=2,
+            depth=shape.get("depth", 2),
+            hidden_size=vision_heads * vision_head_size,
+            num_heads=vision_heads,
+            intermediate_size=vision_heads * vision_head_size + 20,
+            patch_size=shape.get("patch", 14),
+            temporal_patch_size=2,
+            spatial_merge_size=shape.get("merge", 2),
+            window_size=shape["window"],
+            fullatt_block_indexes=list(shape["full"]),
+            out_hidden_size=hidden,
+            tokens_per_second=2,
         ),
-        tie_word_embeddings=tied, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
     )
 
 
@@ -95,8 +114,13 @@ def write(made: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
         shutil.copy(file, directory)
     vision = made.config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
-    edit_json(directory / "preprocessor_config.json", patch_size=vision.patch_size,
-              merge_size=vision.spatial_merge_size, min_pixels=side**2, max_pixels=224 * 224)
+    edit_json(
+        directory / "preprocessor_config.json",
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=side**2,
+        max_pixels=224 * 224,
+    )
     return directory
 
 

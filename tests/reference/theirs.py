@@ -67,11 +67,14 @@ class Processor:
         frames = [*frames, *frames[-1:] * (len(frames) % 2)]
         made = [self.images(images=[frame], return_tensors="np") for frame in frames]
         pixels = [each["pixel_values"].reshape(len(each["pixel_values"]), 3, 2, -1)[:, :, 0] for each in made]
-        pairs = [np.stack(pair, axis=2).reshape(len(pair[0]), -1)
-                 for pair in zip(pixels[::2], pixels[1::2], strict=True)]
+        pairs = [
+            np.stack(pair, axis=2).reshape(len(pair[0]), -1) for pair in zip(pixels[::2], pixels[1::2], strict=True)
+        ]
         rows, columns = made[0]["image_grid_thw"][0, 1:]
-        return {"pixel_values": torch.tensor(np.concatenate(pairs)),
-                "image_grid_thw": torch.tensor([[len(pairs), rows, columns]])}
+        return {
+            "pixel_values": torch.tensor(np.concatenate(pairs)),
+            "image_grid_thw": torch.tensor([[len(pairs), rows, columns]]),
+        }
 
 
 def content(messages):
@@ -88,7 +91,13 @@ def real(inputs: dict[str, torch.Tensor], values: torch.Tensor) -> list[np.ndarr
 def generate(model, inputs: dict, max_new_tokens: int, eos: tuple[int, ...], pad: int) -> list[list[int]]:
     """New tokens of every row up to and with its end token; greedy."""
     with torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-                             eos_token_id=list(eos), pad_token_id=pad)
-    rows = out[:, inputs["input_ids"].shape[1]:].tolist()
+        out = model.generate(
+            **inputs,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(eos),
+            pad_token_id=pad,
+        )
+    rows = out[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: next((i + 1 for i, token in enumerate(row) if token in eos), len(row))] for row in rows]

@@ -34,7 +34,8 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         tfds.disable_progress_bar()  # ours counts records; TFDS's six nested bars count its own steps
         with tempfile.TemporaryDirectory() as unused:  # TFDS insists on making a download folder
             self.download_and_prepare(
-                download_dir=unused, download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+                download_dir=unused, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
 
     @abc.abstractmethod
     def find(self) -> dict[str, Any]:
@@ -45,8 +46,9 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """(key, features) of every usable record."""
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, features=self.FEATURES,
-                                     disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, description=type(self).__doc__, features=self.FEATURES, disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split, place) for split, place in self.find().items()}

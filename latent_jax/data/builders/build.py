@@ -34,8 +34,9 @@ def build(name: str, raw: str | os.PathLike, output: str | os.PathLike, *, max_b
     return lines
 
 
-def build_scenes(output: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, int] | None = None,
-                 **options) -> None:
+def build_scenes(
+    output: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, int] | None = None, **options
+) -> None:
     """Writes the procedural world to `output`/raw and both its prepared forms to `output`/coco_captions and /gqa.
 
     `options` are those of `scenes.write`.

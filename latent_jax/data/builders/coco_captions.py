@@ -52,8 +52,15 @@ def examples(raw: Path, file: Path, official: str, tally: Tally) -> Iterator[tup
         except ValueError as error:
             tally.skip("image", str(error))
             continue
-        yield image_id, {"image_id": image_id, "file_name": image["file_name"], "image": io.BytesIO(data),
-                         "captions": captions[image_id]}
+        yield (
+            image_id,
+            {
+                "image_id": image_id,
+                "file_name": image["file_name"],
+                "image": io.BytesIO(data),
+                "captions": captions[image_id],
+            },
+        )
     for image_id in captions.keys() - ids:
         tally.skip("caption", f"{file}: a caption of image {image_id}, which is not among the images")
 
@@ -95,12 +102,14 @@ class CocoCaptions(RawBuilder, skip_registration=True):
 
     name = "coco_captions"
     VERSION = tfds.core.Version("1.0.0")
-    FEATURES = tfds.features.FeaturesDict({
-        "image_id": tfds.features.Scalar(np.int64),
-        "file_name": tfds.features.Text(),
-        "image": tfds.features.Image(),
-        "captions": tfds.features.Sequence(tfds.features.Text()),
-    })
+    FEATURES = tfds.features.FeaturesDict(
+        {
+            "image_id": tfds.features.Scalar(np.int64),
+            "file_name": tfds.features.Text(),
+            "image": tfds.features.Image(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+        }
+    )
 
     def find(self):
         return find(self.raw)

@@ -85,12 +85,14 @@ class Gqa(RawBuilder, skip_registration=True):
 
     name = "gqa"
     VERSION = tfds.core.Version("1.0.0")
-    FEATURES = tfds.features.FeaturesDict({
-        "image_id": tfds.features.Text(),
-        "image": tfds.features.Image(),
-        "questions": tfds.features.Sequence(tfds.features.Text()),
-        "scene_graph": tfds.features.Text(),
-    })
+    FEATURES = tfds.features.FeaturesDict(
+        {
+            "image_id": tfds.features.Text(),
+            "image": tfds.features.Image(),
+            "questions": tfds.features.Sequence(tfds.features.Text()),
+            "scene_graph": tfds.features.Text(),
+        }
+    )
 
     def find(self):
         return find(self.raw)

@@ -36,8 +36,15 @@ def _place(scene, thing):
 def _things(scene, rng):
     """One to three of the things, by a name that leaves something out."""
     chosen = rng.sample(scene.things, rng.randint(1, min(3, len(scene.things))))
-    return " and ".join(rng.choice((f"a {name(thing)}", f"a {thing.shape}", f"a {thing.color} object",
-                                    f"a {thing.size} {thing.shape}")) for thing in chosen) + "."
+    return (
+        " and ".join(
+            rng.choice(
+                (f"a {name(thing)}", f"a {thing.shape}", f"a {thing.color} object", f"a {thing.size} {thing.shape}")
+            )
+            for thing in chosen
+        )
+        + "."
+    )
 
 
 def _places(scene, rng):
@@ -47,7 +54,7 @@ def _places(scene, rng):
 
 
 def _chain(scene, rng):
-    """"a red ball left of a blue cube above a green star": each thing related to the next."""
+    """ "a red ball left of a blue cube above a green star": each thing related to the next."""
     things = rng.sample(scene.things, len(scene.things))
     text = f"a {_look(things[0])}"
     for thing, following in zip(things, things[1:], strict=False):

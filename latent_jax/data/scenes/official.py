@@ -13,16 +13,22 @@ def coco_image(image_id: int, file_name: str) -> dict:
 
 
 def coco_annotations(image_id: int, captions: list[str]) -> list[dict]:
-    return [{"image_id": image_id, "id": 10 * image_id + index, "caption": caption}
-            for index, caption in enumerate(captions)]
+    return [
+        {"image_id": image_id, "id": 10 * image_id + index, "caption": caption}
+        for index, caption in enumerate(captions)
+    ]
 
 
 def gqa_questions(image_id: int, drafts: list[Draft]) -> dict[str, dict]:
     """Question id -> record. An id is its image's followed by two digits."""
     ids = [f"{image_id}{number:02}" for number in range(len(drafts))]
     return {
-        question_id: _question(image_id, question_id, draft,
-                               [other for other, its in zip(ids, drafts, strict=True) if _entails(draft, its)])
+        question_id: _question(
+            image_id,
+            question_id,
+            draft,
+            [other for other, its in zip(ids, drafts, strict=True) if _entails(draft, its)],
+        )
         for question_id, draft in zip(ids, drafts, strict=True)
     }
 
@@ -34,12 +40,21 @@ def gqa_scene_graph(image_id: int, scene: Scene) -> dict:
         x, y, width, height = box(scene, thing)
         relations = [
             {"name": _RELATION_NAMES[side], "object": _object_id(image_id, other_index)}
-            for other_index, other in enumerate(scene.things) if other is not thing
-            for side in OPPOSITE if scene.is_side(side, thing, other)
+            for other_index, other in enumerate(scene.things)
+            if other is not thing
+            for side in OPPOSITE
+            if scene.is_side(side, thing, other)
         ]
         attributes = [thing.size, thing.color] + [thing.material] * (thing.material != "plain")
-        objects[_object_id(image_id, index)] = {"name": thing.shape, "x": x, "y": y, "w": width, "h": height,
-                                                "attributes": attributes, "relations": relations}
+        objects[_object_id(image_id, index)] = {
+            "name": thing.shape,
+            "x": x,
+            "y": y,
+            "w": width,
+            "h": height,
+            "attributes": attributes,
+            "relations": relations,
+        }
     return {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "objects": objects}
 
 

@@ -84,8 +84,17 @@ def _exist(scene, rng, pool):
 def _exists(color, shape, things):
     answer = "yes" if things else "no"
     full = f"Yes, there is a {color} {shape}." if things else f"No, there is no {color} {shape}."
-    return Draft("exist", f"Is there a {color} {shape}?", answer, full, ("yes", "no"), "verify", "obj",
-                 (("select", shape), ("filter color", color), ("exist", "?")), things)
+    return Draft(
+        "exist",
+        f"Is there a {color} {shape}?",
+        answer,
+        full,
+        ("yes", "no"),
+        "verify",
+        "obj",
+        (("select", shape), ("filter color", color), ("exist", "?")),
+        things,
+    )
 
 
 def _unique(scene, attribute):
@@ -97,27 +106,56 @@ def _unique(scene, attribute):
 def _color(scene, rng, pool):
     for index, thing in _unique(scene, "shape"):
         possible = tuple(color for color in COLORS if (color, thing.shape) in pool)
-        yield Draft("color", f"What color is the {thing.shape}?", thing.color, f"The {thing.shape} is {thing.color}.",
-                    possible, "query", "attr", (("select", thing.shape), ("query", "color")), (index,), "color")
+        yield Draft(
+            "color",
+            f"What color is the {thing.shape}?",
+            thing.color,
+            f"The {thing.shape} is {thing.color}.",
+            possible,
+            "query",
+            "attr",
+            (("select", thing.shape), ("query", "color")),
+            (index,),
+            "color",
+        )
 
 
 def _shape(scene, rng, pool):
     for index, thing in _unique(scene, "color"):
         possible = tuple(shape for shape in SHAPES if (thing.color, shape) in pool)
-        yield Draft("shape", f"What shape is the {thing.color} object?", thing.shape,
-                    f"The {thing.color} object is a {thing.shape}.", possible, "query", "cat",
-                    (("select", "object"), ("filter color", thing.color), ("query", "shape")), (index,), "shape")
+        yield Draft(
+            "shape",
+            f"What shape is the {thing.color} object?",
+            thing.shape,
+            f"The {thing.color} object is a {thing.shape}.",
+            possible,
+            "query",
+            "cat",
+            (("select", "object"), ("filter color", thing.color), ("query", "shape")),
+            (index,),
+            "shape",
+        )
 
 
 def _size(scene, rng, pool):
     for index, thing in enumerate(scene.things):
-        yield Draft("size", f"Is the {name(thing)} large or small?", thing.size, f"The {name(thing)} is {thing.size}.",
-                    SIZES, "choose", "attr", (*_select(thing), ("choose size", "large|small")), (index,))
+        yield Draft(
+            "size",
+            f"Is the {name(thing)} large or small?",
+            thing.size,
+            f"The {name(thing)} is {thing.size}.",
+            SIZES,
+            "choose",
+            "attr",
+            (*_select(thing), ("choose size", "large|small")),
+            (index,),
+        )
 
 
 def _number(scene, rng, pool):
-    kinds = [("shape", shape, f"{shape}s") for shape in SHAPES] + [("color", color, f"{color} objects")
-                                                                   for color in COLORS]
+    kinds = [("shape", shape, f"{shape}s") for shape in SHAPES] + [
+        ("color", color, f"{color} objects") for color in COLORS
+    ]
     for attribute, value, noun in kinds:
         things = tuple(i for i, thing in enumerate(scene.things) if getattr(thing, attribute) == value)
         if len(things) >= len(COUNTS):
@@ -125,30 +163,54 @@ def _number(scene, rng, pool):
         select = (("select", value),) if attribute == "shape" else (("select", "object"), ("filter color", value))
         one = len(things) == 1
         full = f"There {'is' if one else 'are'} {len(things)} {noun[:-1] if one else noun}."
-        yield Draft("count", f"How many {noun} are there?", str(len(things)), full, COUNTS, "query", "obj",
-                    (*select, ("count", "?")), things, "count")
+        yield Draft(
+            "count",
+            f"How many {noun} are there?",
+            str(len(things)),
+            full,
+            COUNTS,
+            "query",
+            "obj",
+            (*select, ("count", "?")),
+            things,
+            "count",
+        )
 
 
 def _same(scene, rng, pool):
     """Colours are compared of things named by shape, shapes of things named by colour, sizes of any."""
     every = list(enumerate(scene.things))
-    sides = (("color", "{0.shape}", _unique(scene, "shape")), ("shape", "{0.color} object", _unique(scene, "color")),
-             ("size", "{0.color} {0.shape}", every))
+    sides = (
+        ("color", "{0.shape}", _unique(scene, "shape")),
+        ("shape", "{0.color} object", _unique(scene, "color")),
+        ("size", "{0.color} {0.shape}", every),
+    )
     for attribute, pattern, things in sides:
         for (i, one), (j, other) in _some(rng, itertools.permutations(things, 2)):
             names = pattern.format(one), pattern.format(other)
             same = getattr(one, attribute) == getattr(other, attribute)
             full = f"{'Yes' if same else 'No'}, the {names[0]} and the {names[1]} are{'' if same else ' not'} the same "
-            yield Draft("same", f"Are the {names[0]} and the {names[1]} the same {attribute}?", "yes" if same else "no",
-                        f"{full}{attribute}.", ("yes", "no"), "compare", "attr",
-                        (("select", names[0]), ("select", names[1]), (f"same {attribute}", "?")), (i, j))
+            yield Draft(
+                "same",
+                f"Are the {names[0]} and the {names[1]} the same {attribute}?",
+                "yes" if same else "no",
+                f"{full}{attribute}.",
+                ("yes", "no"),
+                "compare",
+                "attr",
+                (("select", names[0]), ("select", names[1]), (f"same {attribute}", "?")),
+                (i, j),
+            )
 
 
 def _nearest(scene, rng, pool):
     """The nearest of the things on one side of another one, where no second thing is as near."""
     for (i, thing), side in _some(rng, itertools.product(enumerate(scene.things), OPPOSITE)):
-        found = sorted((_distance(scene, thing, other), j) for j, other in enumerate(scene.things)
-                       if scene.is_side(side, other, thing))
+        found = sorted(
+            (_distance(scene, thing, other), j)
+            for j, other in enumerate(scene.things)
+            if scene.is_side(side, other, thing)
+        )
         if not found or (len(found) > 1 and found[0][0] == found[1][0]):
             continue
         j = found[0][1]
@@ -156,9 +218,18 @@ def _nearest(scene, rng, pool):
             value = getattr(scene.things[j], attribute)
             where = f"the nearest object {RELATION[side]} the {name(thing)}"
             full = f"{where.capitalize()} is {value if attribute == 'color' else f'a {value}'}."
-            yield Draft("nearest", f"What {attribute} is {where}?", value, full, choices, "query", "rel",
-                        (*_select(thing), (f"relate {side} nearest", "object"), ("query", attribute)), (i, j),
-                        attribute)
+            yield Draft(
+                "nearest",
+                f"What {attribute} is {where}?",
+                value,
+                full,
+                choices,
+                "query",
+                "rel",
+                (*_select(thing), (f"relate {side} nearest", "object"), ("query", attribute)),
+                (i, j),
+                attribute,
+            )
 
 
 def _distance(scene, thing, other):
@@ -168,9 +239,18 @@ def _distance(scene, thing, other):
 def _where(scene, rng, pool):
     for i, thing in enumerate(scene.things):
         for line, value, choices in (("row", scene.row(thing), ROWS), ("column", scene.column(thing), COLUMNS)):
-            yield Draft("where", f"In which {line} is the {name(thing)}?", value,
-                        f"The {name(thing)} is in the {value} {line}.", choices, "query", "attr",
-                        (*_select(thing), ("query", line)), (i,), line)
+            yield Draft(
+                "where",
+                f"In which {line} is the {name(thing)}?",
+                value,
+                f"The {name(thing)} is in the {value} {line}.",
+                choices,
+                "query",
+                "attr",
+                (*_select(thing), ("query", line)),
+                (i,),
+                line,
+            )
 
 
 def _relation(scene, rng, pool):
@@ -182,14 +262,31 @@ def _relation(scene, rng, pool):
             answer = side if scene.is_side(side, one, other) else back
             full = f"The {name(one)} is {RELATION[answer]} the {name(other)}."
             either = f"{side} or {RELATION[back]}"
-            yield Draft("relation", f"Is the {name(one)} {either} the {name(other)}?", answer, full, (side, back),
-                        "choose", "rel", (*_select(one), ("choose rel", f"{name(other)},{side}|{back}")), (i, j))
+            yield Draft(
+                "relation",
+                f"Is the {name(one)} {either} the {name(other)}?",
+                answer,
+                full,
+                (side, back),
+                "choose",
+                "rel",
+                (*_select(one), ("choose rel", f"{name(other)},{side}|{back}")),
+                (i, j),
+            )
             asked = rng.choice((side, back))
             yes = asked == answer
             full = f"{'Yes' if yes else 'No'}, the {name(one)} is {RELATION[answer]} the {name(other)}."
-            yield Draft("relation", f"Is the {name(one)} {RELATION[asked]} the {name(other)}?", "yes" if yes else "no",
-                        full, ("yes", "no"), "verify", "rel",
-                        (*_select(one), ("verify rel", f"{name(other)},{asked}")), (i, j))
+            yield Draft(
+                "relation",
+                f"Is the {name(one)} {RELATION[asked]} the {name(other)}?",
+                "yes" if yes else "no",
+                full,
+                ("yes", "no"),
+                "verify",
+                "rel",
+                (*_select(one), ("verify rel", f"{name(other)},{asked}")),
+                (i, j),
+            )
 
 
 def _some(rng, combinations):

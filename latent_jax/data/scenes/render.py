@@ -38,8 +38,9 @@ def encode(image: Image.Image) -> bytes:
     rows = b"".join(b"\0" + data[start : start + stride] for start in range(0, len(data), stride))
     header = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
-    packed = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-              for kind, body in chunks)
+    packed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -105,8 +106,9 @@ def _stripe(canvas, radius):
     for top in range(0, canvas.height, radius // 2):
         draw.rectangle([0, top, canvas.width, top + radius // 5], fill=(250, 250, 250))
     floor = Image.new("RGB", canvas.size, BACKGROUND)
-    different = Image.frombytes("L", canvas.size, bytes(
-        255 * (a != b) for a, b in zip(_flat(canvas), _flat(floor), strict=True)))
+    different = Image.frombytes(
+        "L", canvas.size, bytes(255 * (a != b) for a, b in zip(_flat(canvas), _flat(floor), strict=True))
+    )
     return Image.composite(bars, canvas, different)
 
 

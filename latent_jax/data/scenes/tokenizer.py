@@ -18,20 +18,48 @@ from latent_jax.data.scenes.questions import ANSWERS, Asker
 from latent_jax.data.scenes.world import MATERIALS, PLACEMENTS, sample
 
 SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 )
 # Added to the vocabulary but, as published, kept when special tokens are skipped.
-ADDED = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-         "<|repo_name|>", "<|file_sep|>")
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+)
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 # What stands around the world's own text: the chat template, the benchmarks' prompts, instructions of the methods.
 SCAFFOLD = (
-    "system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: Video 1: ", "Describe the image.",
-    "Describe this image in one sentence.", "What is in the image?", "Imagine an image of this scene: ",
-    "Answer the question using a single word or phrase.", "Question: Answer: ",
+    "system\nYou are a helpful assistant.",
+    "user\n",
+    "assistant\n",
+    "Picture 1: Video 1: ",
+    "Describe the image.",
+    "Describe this image in one sentence.",
+    "What is in the image?",
+    "Imagine an image of this scene: ",
+    "Answer the question using a single word or phrase.",
+    "Question: Answer: ",
     "The picture shows the description of it.",
 )
 _SCENES = 100
@@ -53,13 +81,19 @@ def write(directory: str | os.PathLike) -> dict[str, int]:
         "vocab.json": vocabulary,
         "tokenizer.json": _tokenizer(vocabulary, merges, ids),
         "tokenizer_config.json": _tokenizer_config(ids),
-        "special_tokens_map.json": {"additional_special_tokens": list(SPECIAL[1:]), "eos_token": "<|im_end|>",
-                                    "pad_token": "<|endoftext|>"},
+        "special_tokens_map.json": {
+            "additional_special_tokens": list(SPECIAL[1:]),
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
         "preprocessor_config.json": _preprocessor_config(),
-        "generation_config.json": {"bos_token_id": ids["<|endoftext|>"], "do_sample": False,
-                                   "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-                                   "pad_token_id": ids["<|endoftext|>"]},
+        "generation_config.json": {
+            "bos_token_id": ids["<|endoftext|>"],
+            "do_sample": False,
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
     }
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -129,19 +163,39 @@ def _tokenizer(vocabulary, merges, ids):
         "padding": None,
         "added_tokens": [{"id": ids[token], **_added(token)} for token in (*SPECIAL, *ADDED)],
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}, byte_level]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                  "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": vocabulary, "merges": [list(pair) for pair in merges]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [list(pair) for pair in merges],
+        },
     }
 
 
 def _added(token):
-    return {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": token in SPECIAL}
+    return {
+        "content": token,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": token in SPECIAL,
+    }
 
 
 def _tokenizer_config(ids):

@@ -18,8 +18,15 @@ SIZES = {"train": 6000, "validation": 500, "test": 250, "compositional": 250}
 _MOST = 1_000_000
 
 
-def write(directory: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, int] = SIZES, placement: str = "grid",
-          objects: tuple[int, int] = (2, 4), striped: float = 0.0) -> None:
+def write(
+    directory: str | os.PathLike,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] = SIZES,
+    placement: str = "grid",
+    objects: tuple[int, int] = (2, 4),
+    striped: float = 0.0,
+) -> None:
     """Writes `directory`/coco and `directory`/gqa; the same arguments give the same bytes.
 
     coco/annotations/captions_SPLIT.json with coco/SPLIT/000000000001.png, and

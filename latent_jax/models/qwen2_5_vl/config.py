@@ -26,11 +26,15 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
-            raise UserError(f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} must give "
-                            "a head size that is a multiple of 4 (row and column angles, each in pairs)")
+            raise UserError(
+                f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} must give "
+                "a head size that is a multiple of 4 (row and column angles, each in pairs)"
+            )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
-            raise UserError(f"vision_config.window_size {self.window_size} must be a multiple of patch_size * "
-                            f"spatial_merge_size = {self.patch_size * self.spatial_merge_size}")
+            raise UserError(
+                f"vision_config.window_size {self.window_size} must be a multiple of patch_size * "
+                f"spatial_merge_size = {self.patch_size * self.spatial_merge_size}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -65,11 +69,12 @@ class TextConfig:
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                            f"num_key_value_heads {self.num_key_value_heads}")
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
         if 2 * sum(self.mrope_section) != self.head_size:
-            raise UserError(f"mrope_section {list(self.mrope_section)} must sum to half the head size "
-                            f"{self.head_size}")
+            raise UserError(f"mrope_section {list(self.mrope_section)} must sum to half the head size {self.head_size}")
 
 
 @dataclasses.dataclass(frozen=True)

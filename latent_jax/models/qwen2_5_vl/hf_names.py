@@ -126,7 +126,7 @@ def published(config: Config) -> Iterator[tuple[Weight, int, str]]:
         for layer in range(_sizes(tower, config)["L"]):
             for weight in stacked:
                 yield weight, layer, weight.name.format(l=layer)
-        for weight in rows[first + len(stacked):]:
+        for weight in rows[first + len(stacked) :]:
             yield weight, 0, weight.name
 
 
@@ -142,12 +142,31 @@ def _sizes(path: str, config: Config) -> dict[str, int]:
     """Axis letter -> size, for the tower that the path belongs to."""
     text, vision = config.text, config.vision
     if path.startswith("text."):
-        return {"L": text.num_hidden_layers, "V": text.vocab_size, "D": text.hidden_size, "F": text.intermediate_size,
-                "N": text.num_attention_heads, "K": text.num_key_value_heads, "H": text.head_size}
+        return {
+            "L": text.num_hidden_layers,
+            "V": text.vocab_size,
+            "D": text.hidden_size,
+            "F": text.intermediate_size,
+            "N": text.num_attention_heads,
+            "K": text.num_key_value_heads,
+            "H": text.head_size,
+        }
     merged = vision.merge_unit * vision.hidden_size
-    return {"L": vision.depth, "D": vision.hidden_size, "F": vision.intermediate_size, "N": vision.num_heads,
-            "H": vision.head_size, "3": 3, "t": vision.temporal_patch_size, "c": vision.in_channels,
-            "y": vision.patch_size, "x": vision.patch_size, "C": merged, "E": merged, "O": vision.out_hidden_size}
+    return {
+        "L": vision.depth,
+        "D": vision.hidden_size,
+        "F": vision.intermediate_size,
+        "N": vision.num_heads,
+        "H": vision.head_size,
+        "3": 3,
+        "t": vision.temporal_patch_size,
+        "c": vision.in_channels,
+        "y": vision.patch_size,
+        "x": vision.patch_size,
+        "C": merged,
+        "E": merged,
+        "O": vision.out_hidden_size,
+    }
 
 
 def _groups(axes: str) -> list[list[str]]:

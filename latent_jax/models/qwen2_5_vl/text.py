@@ -92,6 +92,7 @@ class TextDecoder(nnx.Module):
         view_ids: Int[Array, "R T"],
         *,
         remat: str = "none",
+        unroll: int = 1,
         collect: bool = False,
     ) -> tuple[Float[Array, "R T D"], Float[Array, "L R T D"] | None]:
         """Packed rows: (final hidden states, every layer's output or None)."""
@@ -104,7 +105,7 @@ class TextDecoder(nnx.Module):
             x = block.finish(x, heads)
             return x, (x if collect else None)
 
-        x, layers = jax.lax.scan(rematerialise(body, remat), x, self.blocks)
+        x, layers = jax.lax.scan(rematerialise(body, remat), x, self.blocks, unroll=unroll)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), layers
 
     def empty_cache(self, rows: int, length: int) -> Cache:

@@ -94,6 +94,7 @@ class VisionTower(nnx.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         remat: str = "none",
+        unroll: int = 1,
         collect: bool = False,
     ) -> tuple[Float[Array, "G M O"], Float[Array, "G P D"], Float[Array, "L G P D"] | None]:
         """Encodes packed images.
@@ -105,6 +106,7 @@ class VisionTower(nnx.Module):
           patch_window, patch_image: attention groups of the windowed and of the full blocks; 0 = padding.
           image_patches: the most patches of one image (static): the block size of full attention.
           mean, std: normalisation of the three channels, pixels scaled to [0, 1].
+          remat, unroll: what the backward pass recomputes, and how many layers a turn of the loop holds.
           collect: also return every block's output.
 
         Returns:
@@ -125,7 +127,7 @@ class VisionTower(nnx.Module):
             )
             return x, (x if collect else None)
 
-        x, layers = jax.lax.scan(rematerialise(body, remat), x, (self.blocks, full))
+        x, layers = jax.lax.scan(rematerialise(body, remat), x, (self.blocks, full), unroll=unroll)
         return self.merger(x), x, layers
 
     def embed(self, patches: UInt8[Array, "G P c"], mean, std) -> Float[Array, "G P D"]:

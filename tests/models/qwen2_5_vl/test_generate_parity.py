@@ -1,7 +1,9 @@
 """Greedy generation through the facade, token for token against `generate` of stock transformers."""
 
+import functools
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_batch_equals_single_equals_transformers(name):
     batch = vlm.generate_ids(MIXED, NEW)
     assert batch == expected(directory, model, MIXED, vlm.eos)
     assert batch == [expected(directory, model, [messages], vlm.eos)[0] for messages in MIXED]
-    for i in (0, 2):
+    for i in (0, 2) if name == "as_published" else ():
         assert vlm.generate_ids([MIXED[i]], NEW) == [batch[i]]
     assert len({tuple(row) for row in batch}) == len(batch), "the rows do not depend on their prompts"
     decode = vlm.codec.tokenizer.decode
@@ -67,27 +69,23 @@ def test_encode_image_is_transformers_image_features():
 
 
 def test_true_visual_tokens_as_imagined_features_equal_the_image():
-    """In one row alone, and in a batch where another row holds an image of its own."""
+    """In a batch of three rows: the image, its own tokens as features in its place, and those in the wrong order."""
     loaded = ours.load(saved("as_published")[0])
-    model, images = loaded.model, (picture(84, 112, 31), picture(56, 84, 32))
+    images = (picture(84, 112, 31), picture(56, 84, 32))
     before, after = Text("<|im_start|>user\nLook: "), Text(" and say what it is.")
     seen = loaded.codec.lay_out(Layout(images, trunk=(before, Image(0), after, Image(1), after)))
     imagined = loaded.codec.lay_out(Layout(images, trunk=(before, Imagined((3, 4)), after, Image(1), after)))
     np.testing.assert_array_equal(seen.positions, imagined.positions)
     np.testing.assert_array_equal(seen.tokens, imagined.tokens)
+    rows = generate.one_per_row([seen, imagined, imagined], loaded.config)
 
-    def logits(examples, given):
-        rows = generate.one_per_row(examples, loaded.config)
-        x = generate.embed(model, ours.on_device(rows.batch), given, rows.image_patches)
-        found = np.asarray(model.logits(model.decode(x, ours.on_device(rows.batch))[0]))[0]
-        return [row[:length] for row, length in zip(found, rows.lengths, strict=True)]
+    @functools.partial(jax.jit, compiler_options=ours.QUICK)
+    def logits(model, batch, given):
+        x = generate.embed(model, batch, given, rows.image_patches)
+        return model.logits(model.decode(x, batch)[0])[0]
 
-    alone = generate.one_per_row([seen], loaded.config)
-    merged = model.encode(ours.on_device(alone.batch), image_patches=alone.image_patches)[0][0]
-    given = merged[seen.feature_index[seen.feature_index >= 0][:12]]
-    want = logits([seen], jnp.zeros((1, merged.shape[-1])))[0]
-    found = logits([seen, imagined, imagined], jnp.concatenate([given, given[::-1]]))
-    scale = np.abs(want).max()
-    np.testing.assert_allclose(found[0], want, atol=1e-5 * scale)
-    np.testing.assert_allclose(found[1], want, atol=1e-5 * scale)
-    assert np.abs(found[2] - want).max() > 1e-2 * scale, "the features do not matter"
+    tokens = latent_jax.load(saved("as_published")[0]).encode_image(images[0])
+    found = logits(loaded.model, ours.on_device(rows.batch), jnp.concatenate([tokens, tokens[::-1]]))
+    want, same, wrong = np.asarray(found)[:, : rows.lengths[0]]
+    np.testing.assert_allclose(same, want, atol=1e-5 * np.abs(want).max())
+    assert np.abs(wrong - want).max() > 1e-2 * np.abs(want).max(), "the features do not matter"

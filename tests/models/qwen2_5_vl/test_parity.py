@@ -69,8 +69,20 @@ def pack(loaded, examples) -> dict[str, np.ndarray]:
     """One group of two rows; the patch budget is no multiple of the largest image."""
     vision = loaded.config.vision
     tokens = sum(len(example.tokens) for example in examples) * 5 // 8
-    packer = Packer(Budgets(micro=1, groups=1, rows=2, tokens=tokens, patches=832, examples=8, slots=0,
-                            channels=3 * vision.patch_size**2, image_patches=128, merge_unit=vision.merge_unit))
+    packer = Packer(
+        Budgets(
+            micro=1,
+            groups=1,
+            rows=2,
+            tokens=tokens,
+            patches=832,
+            examples=8,
+            slots=0,
+            channels=3 * vision.patch_size**2,
+            image_patches=128,
+            merge_unit=vision.merge_unit,
+        )
+    )
     for example in examples:
         assert packer.add(example) is None
     batch = {key: value[0] for key, value in packer.flush().items()}
@@ -78,7 +90,7 @@ def pack(loaded, examples) -> dict[str, np.ndarray]:
     return batch
 
 
-@pytest.mark.parametrize("name", ["as_published", "none_full_tied", "last_full"])
+@pytest.mark.parametrize("name", ["as_published", "none_full_tied"])
 def test_gradients_of_every_parameter(name):
     directory, model = saved(name)
     loaded = ours.load(directory)

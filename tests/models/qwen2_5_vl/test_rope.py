@@ -17,8 +17,12 @@ def test_mrope_equals_transformers(name):
     config = checkpoints.config(name).text_config
     cos, sin = hf.Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), torch.tensor(POSITIONS)[:, None])
     size = config.hidden_size // config.num_attention_heads
-    angles = mrope(jnp.asarray(POSITIONS[None]), size, config.rope_parameters["rope_theta"],
-                   tuple(config.rope_parameters["mrope_section"]))
+    angles = mrope(
+        jnp.asarray(POSITIONS[None]),
+        size,
+        config.rope_parameters["rope_theta"],
+        tuple(config.rope_parameters["mrope_section"]),
+    )
     for ours, theirs in ((jnp.cos(angles), cos), (jnp.sin(angles), sin)):
         np.testing.assert_allclose(ours[0], theirs[0, :, : size // 2], atol=2e-5)
 

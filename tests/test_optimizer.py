@@ -1,0 +1,87 @@
+"""The optimiser: its schedules at the points that matter, what decays, the head's own rate, and clipping."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from latent_jax import optimizer
+from latent_jax.config import Train
+
+PATHS = ["vlm.text.blocks.q", "vlm.text.blocks.q_bias", "vlm.text.norm", "head.fc1", "head.slots"]
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"),
+    [
+        # Half of a cosine from 1 to 0.1 is their mean, and so is half of a line.
+        ("cosine", 0.55, 0.1),
+        ("linear", 0.55, 0.1),
+        ("constant", 1.0, 1.0),
+    ],
+)
+def test_schedule_at_warm_up_peak_middle_and_end(name, middle, end):
+    train = Train(steps=100, warmup=0.1, learning_rate=2e-3, end_factor=0.1, schedule=name)
+    rate = optimizer.schedule(train)
+    for step, factor in {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: middle, 100: end, 1000: end}.items():
+        np.testing.assert_allclose(rate(jnp.int32(step)), 2e-3 * factor, rtol=1e-5, err_msg=f"step {step}")
+    quarter = {"cosine": 0.1 + 0.9 * (1 + np.cos(np.pi * 0.25)) / 2, "linear": 0.775, "constant": 1.0}[name]
+    np.testing.assert_allclose(rate(jnp.float32(10 + 22.5)), 2e-3 * quarter, rtol=1e-5)
+
+
+def test_no_warm_up_starts_at_the_peak_and_all_warm_up_ends_there():
+    assert float(optimizer.schedule(Train(steps=10, warmup=0.0, learning_rate=1e-3))(0)) == pytest.approx(1e-3)
+    rise = optimizer.schedule(Train(steps=10, warmup=1.0, learning_rate=1e-3))
+    np.testing.assert_allclose([rise(step) for step in range(10)], np.arange(1, 11) * 1e-4, rtol=1e-5)
+
+
+def test_matrices_decay_and_nothing_else():
+    matrices = ["vlm.text.embed", "vlm.text.lm_head", "vlm.text.blocks.down", "vlm.vision.patch", "head.fc2"]
+    others = ["vlm.text.norm", "vlm.text.blocks.attn_norm", "vlm.text.blocks.mlp_norm", "vlm.vision.blocks.norm1"]
+    others += ["vlm.text.blocks.k_bias", "vlm.vision.merger.fc1_bias", "vlm.vision.merger.norm", "head.norm"]
+    others += ["head.slots", "head.logit_scale", "head.logit_bias", "head.fc1_bias"]
+    assert all(optimizer.decayed(path) for path in matrices)
+    assert not any(optimizer.decayed(path) for path in others)
+
+
+def adamw(train: Train, values, gradients, path: str) -> np.ndarray:
+    """AdamW by the book, float64: gradients of every step -> the value after the last."""
+    value = np.asarray(values[path], np.float64)
+    first = second = np.zeros_like(value)
+    for t, step in enumerate(gradients, 1):
+        norm = np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in step.values()))
+        g = step[path].astype(np.float64) * (min(1.0, train.clip / norm) if train.clip else 1.0)
+        first = train.beta1 * first + (1 - train.beta1) * g
+        second = train.beta2 * second + (1 - train.beta2) * g**2
+        change = first / (1 - train.beta1**t) / (np.sqrt(second / (1 - train.beta2**t)) + train.epsilon)
+        if optimizer.decayed(path):
+            change = change + train.weight_decay * value
+        rate = train.head_learning_rate or train.learning_rate if path.startswith("head.") else train.learning_rate
+        value = value - rate * change
+    return value
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("head_rate", [0.0, 5e-2])
+def test_updates_are_those_of_adamw(clip, head_rate):
+    train = Train(steps=3, learning_rate=1e-2, warmup=0.0, schedule="constant", clip=clip, weight_decay=0.3)
+    train = dataclasses.replace(train, head_learning_rate=head_rate)
+    rng = np.random.default_rng(0)
+    values = {path: jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for path in PATHS}
+    gradients = [
+        {path: rng.normal(size=(3, 4)).astype(np.float32) * scale for path in PATHS} for scale in (1.0, 5.0, 0.01)
+    ]
+    transform = optimizer.make(train, PATHS)
+    state, now = transform.init(values), values
+    for step in gradients:
+        updates, state = transform.update(step, state, now)
+        now = optax.apply_updates(now, updates)
+    for path in PATHS:
+        np.testing.assert_allclose(now[path], adamw(train, values, gradients, path), rtol=2e-5, atol=1e-6, err_msg=path)
+
+
+def test_global_norm_is_that_of_all_entries_together():
+    gradients = {"a": jnp.array([3.0]), "b": jnp.array([[0.0, 4.0]], jnp.bfloat16)}
+    assert float(optimizer.global_norm(gradients)) == 5.0
