@@ -29,10 +29,10 @@ def get_config(stage: str = "captions"):
     if stage == "captions":
         config.model.init = "random"
         config.model.preset = "tiny"
-        config.train.steps = 2000
+        config.train.steps = 1500
         config.train.learning_rate = 2e-3
     else:
-        config.data.name = "scenes_questions:0.85,scenes:0.15"
-        config.train.steps = 6000
-        config.train.learning_rate = 1e-3
+        config.data.name = "scenes_questions:0.75,scenes:0.25"
+        config.train.steps = 2200
+        config.train.learning_rate = 1.5e-3
     return config

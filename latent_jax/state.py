@@ -2,10 +2,12 @@
 
 import dataclasses
 import types
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -82,7 +84,9 @@ def learns(path: str, structure: Structure, towers: str) -> bool:
     return structure.trained(path) and (towers == "all" or not path.startswith("vlm.vision."))
 
 
-def make_setup(config, method: types.ModuleType, model_config: ModelConfig, mesh: Mesh, dtypes: Arrays) -> Setup:
+def make_setup(
+    config, method: types.ModuleType, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]
+) -> Setup:
     """The run's setup. Trainable weights are fp32 masters; frozen ones keep the checkpoint's dtype (`dtypes` by path).
 
     Raises UserError where the mesh does not fit the model.
@@ -107,7 +111,7 @@ def new_model(config, method: types.ModuleType, model_config: ModelConfig) -> La
     return LatentVLM(vlm, method.build_head(model_config, config, rngs))
 
 
-def first_state(setup: Setup, directory: str) -> TrainState:
+def first_state(setup: Setup, directory: str | Path) -> TrainState:
     """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
 
     A latent head that stands beside the checkpoint is taken up if it has this run's shape; otherwise it is an error,
@@ -138,7 +142,7 @@ def first_state(setup: Setup, directory: str) -> TrainState:
     return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trainable, frozen, opt_state)
 
 
-def _saved_head(setup: Setup, directory: str) -> Arrays:
+def _saved_head(setup: Setup, directory: str | Path) -> Arrays:
     """The latent head beside an HF checkpoint, for a method that has one."""
     saved = hf_export.load_latent(directory)
     paths = [path for path in setup.structure.variables if path.startswith("head.")]

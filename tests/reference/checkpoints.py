@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from latent_jax.data.scenes import tokenizer
+from latent_jax.assets import TINY_VL
 
-# Padded past the tokenizer's 594 tokens, as the published vocabularies are.
-VOCABULARY = 608
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json",
+                   "generation_config.json")
+# Padded past the tokenizer's, as the published vocabularies are.
+VOCABULARY = 640
 
 # Every shape differs from the others in what a port can get wrong: the windows, where full attention stands, head
 # sizes, grouped heads, the sections of M-RoPE, tied embeddings.
@@ -33,14 +35,14 @@ SHAPES = {
 
 
 @functools.cache
-def tokenizer_files() -> tuple[Path, dict[str, int]]:
-    """A directory with the tokenizer's files, and the id of every token."""
-    directory = Path(tempfile.mkdtemp(prefix="latent_jax_tokenizer_"))
-    return directory, tokenizer.write(directory)
+def token_ids() -> dict[str, int]:
+    """The ids of the embedded tokenizer's special tokens."""
+    added = json.loads((TINY_VL / "tokenizer.json").read_text())["added_tokens"]
+    return {token["content"]: token["id"] for token in added}
 
 
 def config(name: str) -> Qwen2_5_VLConfig:
-    shape, (_, ids) = SHAPES[name], tokenizer_files()
+    shape, ids = SHAPES[name], token_ids()
     query_heads, key_heads, head_size = shape["heads"]
     vision_heads, vision_head_size = shape["vision"]
     hidden, tied = query_heads * head_size, shape.get("tied", False)
@@ -110,8 +112,8 @@ def saved(name: str, seed: int = 0) -> tuple[Path, Qwen2_5_VLForConditionalGener
 def write(made: Qwen2_5_VLForConditionalGeneration, directory: Path) -> Path:
     """Saves a model with tokenizer and processor files; its generation_config.json is the tokenizer's."""
     made.save_pretrained(directory)
-    for file in tokenizer_files()[0].iterdir():
-        shutil.copy(file, directory)
+    for name in TOKENIZER_FILES:
+        shutil.copy(TINY_VL / name, directory)
     vision = made.config.vision_config
     side = vision.patch_size * vision.spatial_merge_size
     edit_json(

@@ -1,0 +1,117 @@
+"""The report on imagination: its probe answers as the facade decodes, for every arm, with and without latents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from latent_jax.analysis import imagination
+from latent_jax.data import packing, pipeline
+from latent_jax.methods import pretrain
+from latent_jax.models.weights import Structure
+from latent_jax.state import new_model
+from latent_jax.vlm import VLM
+from tests.reference import small
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def facade():
+    """Random weights that still answer with one color and then end, which of the colors by what they have seen."""
+    config, codec = small.config(), small.codec()
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain, small.model_config())))
+    arrays = jax.jit(lambda: structure.arrays(new_model(config, pretrain, small.model_config())))()
+    arrays = {path: np.array(array) for path, array in arrays.items()}
+    rng = np.random.default_rng(0)
+    ids = codec.tokenizer.convert_tokens_to_ids
+    colors = [codec.tokenizer(color)["input_ids"] for color in small.COLORS]
+    assert all(len(color) == 1 for color in colors)
+    (newline,) = codec.tokenizer("\n")["input_ids"]
+    colors, end = [color[0] for color in colors], ids("<|im_end|>")
+    embed, lm_head = arrays["vlm.text.embed"], arrays["vlm.text.lm_head"]
+    embed *= 8
+    lm_head *= 0.01
+    lm_head[end] = embed[colors].mean(0)
+    for color in colors:
+        lm_head[color] = embed[newline] / 2 + rng.normal(size=embed.shape[1])
+    for path in ("head.slots", "head.fc1", "head.fc2"):
+        arrays[path] = arrays[path] * 4
+    model = structure.build({path: jnp.asarray(array) for path, array in arrays.items()})
+    return VLM(model, codec, config.latent, (end,), "small")
+
+
+def said(facade, content, question) -> str:
+    (answer,) = facade.generate([[{"role": "user", "content": [*content, {"type": "text", "text": question}]}]], 4)
+    return answer
+
+
+def imagined(record):
+    return [{"type": "imagine", "text": record["captions"][0]}]
+
+
+@pytest.fixture(scope="module")
+def records(facade):
+    """With every second first question, the answer is what the model says of the image that it imagines."""
+    made = [small.record(index) for index in range(COUNT)]
+    for record in made[::2]:
+        first = record["questions"][0]
+        first["answer"] = said(facade, imagined(record), first["question"])
+        assert first["answer"] in small.COLORS
+    return [*made, small.record(COUNT) | {"questions": []}]
+
+
+def right(facade, records, content_of, text_of) -> list[bool]:
+    """By greedy decoding, question by question: is the decoded answer the true one, and does it end there?"""
+    return [
+        said(facade, content_of(record), text_of(record, question["question"])) == question["answer"]
+        for record in records
+        for question in record["questions"]
+    ]
+
+
+def over_imagined(facade, records):
+    return right(facade, records, imagined, lambda record, question: question)
+
+
+def over_text(facade, records):
+    return right(facade, records, lambda _: [], lambda record, question: f"{record['captions'][0]} {question}")
+
+
+def test_answers_are_those_of_greedy_decoding(facade, records):
+    asked = records[:COUNT]
+    latents, texts = imagination.probe_layouts(asked, facade.latent, facade.codec)
+    z = facade.model.head.standardise(jnp.stack([facade.imagine(record["captions"][0]) for record in asked]))
+    given = imagination.features(facade.model, np.asarray(z), facade.latent)
+    found = imagination.answers(facade.model, [facade.codec.lay_out(layout) for layout in latents], given)
+    expected = over_imagined(facade, asked)
+    assert found.tolist() == expected and 3 <= sum(expected) < len(expected)
+    found = imagination.answers(facade.model, [facade.codec.lay_out(layout) for layout in texts], None)
+    assert found.tolist() == over_text(facade, asked)
+
+
+def test_chunks_change_no_answer(facade, records, monkeypatch):
+    texts = imagination.probe_layouts(records[:COUNT], facade.latent, facade.codec)[0]
+    examples = [facade.codec.lay_out(layout) for layout in texts]
+    given = jnp.asarray(np.random.default_rng(1).normal(size=(COUNT, 4, 64)), jnp.float32)
+    whole = imagination.answers(facade.model, examples, given)
+    monkeypatch.setattr(imagination, "CHUNK", 4)  # six examples: a full chunk and a padded one
+    assert imagination.answers(facade.model, examples, given).tolist() == whole.tolist()
+
+
+def test_report_has_every_arm_and_the_geometry(facade, records):
+    config = small.config()
+    examples = [facade.codec.lay_out(layout) for layout in imagination.caption_layouts(records, config)]
+    budgets = packing.choose_budgets(examples, batch_size=4, window_patches=16, slots=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
+    found = imagination.report(facade.model, list(pipeline.batches(examples, budgets)), records, config, facade.codec)
+    assert {f"probe/{arm}" for arm in imagination.ARMS} <= found.keys()
+    assert found["probe/questions"] == 2 * COUNT
+    assert found["probe/imagined"] == pytest.approx(100 * np.mean(over_imagined(facade, records)))
+    assert found["probe/caption as text"] == pytest.approx(100 * np.mean(over_text(facade, records)))
+    assert all(np.isfinite(value) for value in found.values())
+    table = "\n".join(imagination.table({"examples": len(records), "split": "validation", **found}))
+    assert all(arm in table for arm in imagination.ARMS) and "held-out validation: 7 captions" in table

@@ -1,0 +1,176 @@
+"""A run as users start it: killed and stopped and started again, it ends where a run that was left alone ends."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_jax import train, workdir
+from latent_jax.data.builders.build import build_scenes
+from latent_jax.errors import UserError
+from latent_jax.models import hf_io
+from latent_jax.runtime import metrics
+from tests.reference import small
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+# What is measured with a clock: the only numbers that may differ between two runs.
+TIMED = {"step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "mfu_vision"}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("scenes") / "prepared"
+    build_scenes(directory, sizes={"train": 40, "validation": 4})
+    return directory
+
+
+# ---------------------------------------------------------------- in processes of their own
+
+
+def start(directory: Path, scenes: Path, *extra: str) -> subprocess.Popen:
+    """The command, on one device."""
+    settings = {
+        "model.init": "random",
+        "model.preset": "tiny",
+        "data.path": scenes,
+        "data.sample": 16,
+        "latent.statistics_examples": 8,
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "checkpoint.every": 2,
+        "checkpoint.export": "false",
+        "evaluate.examples": 4,
+        "log.tensorboard": "false",
+    }
+    command = [sys.executable, "-m", "latent_jax.main", "--config=configs/pretrain.py", f"--workdir={directory}"]
+    return subprocess.Popen(
+        command + [f"--config.{key}={value}" for key, value in settings.items()] + list(extra),
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    """Waits for a good end; what it said."""
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+    file, patience = directory / "metrics.jsonl", time.monotonic() + 300
+    while not (file.exists() and any(line["step"] >= step for line in metrics.read(file))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < patience
+        time.sleep(0.002)
+
+
+def lines(directory: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in metrics.read(directory / "metrics.jsonl")]
+
+
+def test_a_run_that_is_stopped_and_killed_ends_as_one_that_was_not(scenes, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished(start(whole, scenes))
+    assert [line["step"] for line in lines(whole)] == list(range(1, STEPS + 1))
+
+    # SIGTERM as soon as steps run: saved, and a good end, soon.
+    process = start(broken, scenes)
+    wait_for_step(process, broken, 1)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = finished(process)
+    assert time.monotonic() - asked < 10
+    stopped = lines(broken)[-1]["step"]
+    assert stopped < STEPS and f"stopped after step {stopped}; the same command goes on from there" in said
+    assert (broken / "checkpoints" / str(stopped)).is_dir() and not (broken / "imagination.json").exists()
+
+    # SIGKILL wherever it happens to be.
+    process = start(broken, scenes)
+    at = random.randint(stopped + 1, STEPS - 1)
+    wait_for_step(process, broken, at)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert all(line["step"] < STEPS for line in lines(broken)[:at])
+
+    said = finished(start(broken, scenes))
+    assert "resuming after step" in said
+    assert lines(broken) == lines(whole), f"killed at step {at}"
+    got, want = workdir.Run.of(broken).arrays(), workdir.Run.of(whole).arrays()
+    assert got.keys() == want.keys()
+    for path, array in want.items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(array), err_msg=f"{path}, killed at {at}")
+    reports = [json.loads((directory / "imagination.json").read_text()) for directory in (broken, whole)]
+    assert reports[0] == reports[1] and reports[0]["examples"] == 4
+
+
+# ---------------------------------------------------------------- in this process, on eight devices
+
+
+def on_eight(scenes, **settings):
+    return small.config(
+        data=dict(path=str(scenes), image_patches=0, sample=32),
+        mesh=dict(replica=2, fsdp=4),
+        train=dict(steps=3, **settings),
+        checkpoint=dict(every=2),
+        evaluate=dict(split="test"),
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(scenes, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "workdir"
+    config = on_eight(scenes)
+    return config, directory, train.run(config, directory)
+
+
+def test_a_whole_run_compiles_its_step_once(ran):
+    _, directory, summary = ran
+    assert summary == train.Summary(step=3, stopped=False, compiles=1, report={})
+    assert [line["step"] for line in lines(directory)] == [1, 2, 3]
+    assert all(np.isfinite(line["loss/total"]) and line["skipped"] == 0 for line in lines(directory))
+
+
+def test_what_a_run_leaves_is_a_plain_checkpoint_and_a_latent_head(ran):
+    _, directory, _ = ran
+    vlm, head = workdir.split(workdir.Run.of(directory).arrays())
+    exported = hf_io.load(directory / "hf", small.model_config())
+    assert exported.keys() == vlm.keys() and head
+    for path, array in vlm.items():
+        np.testing.assert_array_equal(exported[path], np.asarray(array), err_msg=path)
+    assert {"latent_head.safetensors", "latent_config.json", "tokenizer.json"} <= {
+        file.name for file in (directory / "hf").iterdir()
+    }
+
+
+def test_a_finished_run_has_nothing_left_to_do(ran):
+    config, directory, _ = ran
+    before = (directory / "metrics.jsonl").read_bytes()
+    again = train.run(config, directory)
+    assert (again.step, again.compiles) == (3, 0)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_refuses_what_changes_numbers(ran, scenes):
+    _, directory, _ = ran
+    before = {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    with pytest.raises(UserError) as caught:
+        train.run(on_eight(scenes, weight_decay=0.2), directory)
+    assert str(caught.value) == (
+        "this workdir was begun with another config: config.train.weight_decay (0.1 -> 0.2); "
+        "use the old values or a new --workdir"
+    )
+    assert {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()} == before
