@@ -40,6 +40,8 @@ def start(directory: Path, scenes: Path, *extra: str) -> subprocess.Popen:
     settings = {
         "model.init": "random",
         "model.preset": "tiny",
+        "mesh.cpu_devices": 1,
+        "model.unroll": 1,
         "data.path": scenes,
         "data.sample": 16,
         "latent.statistics_examples": 8,
@@ -54,7 +56,7 @@ def start(directory: Path, scenes: Path, *extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         command + [f"--config.{key}={value}" for key, value in settings.items()] + list(extra),
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
