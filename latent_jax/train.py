@@ -1,5 +1,6 @@
 """Training, one story: what is trained, on what data, from which state, by which step, for how long."""
 
+import contextlib
 import dataclasses
 import importlib
 import time
@@ -88,6 +89,8 @@ def run(config, directory: str | Path) -> Summary:
     first = int(state.step)
     primary = jax.process_index() == 0
     with (
+        checkpoints,  # whatever ends the run, a save that was begun is finished
+        contextlib.closing(batches),
         Metrics(directory, first, config.log.every, config.log.tensorboard, primary) as metrics,
         Progress(config.train.steps, first, config.log.progress and primary) as progress,
         preemption.watch() as asked_to_stop,
@@ -96,8 +99,7 @@ def run(config, directory: str | Path) -> Summary:
             progress.say(note)
         step = make_step(setup)
         state, stopped = loop(setup, state, step, batches, checkpoints, metrics, progress, asked_to_stop)
-        batches.close()
-        checkpoints.close()
+        checkpoints.wait()
         report = {} if stopped else finish(setup, state, codec, directory, progress)
     return Summary(int(state.step), stopped, step._cache_size(), report)
 

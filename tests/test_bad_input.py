@@ -120,7 +120,7 @@ def test_broken_records_are_skipped_and_counted(tmp_path, monkeypatch):
         ({"captions": [LONG]}, "no usable record: record 'r0': "),
     ],
 )
-def test_nothing_but_broken_records_is_an_error_that_names_the_first(change, message, tmp_path, monkeypatch):
+def test_nothing_but_broken_records_is_an_error_that_names_one(change, message, tmp_path, monkeypatch):
     broken = records(20, **{f"r{index}": change for index in range(20)})
     config = small.config(data=dict(tokens=64, rows=1))
     assert error(config, tmp_path / "run", monkeypatch, broken).startswith(message)

@@ -7,6 +7,7 @@ import torch
 
 from latent_jax import config as schema
 from latent_jax import train, workdir
+from latent_jax.data import pipeline
 from latent_jax.data.packing import Budgets
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
@@ -20,8 +21,11 @@ from tests.reference import small
 BUDGETS = Budgets(micro=1, groups=1, rows=2, tokens=64, patches=96, examples=4, slots=4, channels=588, image_patches=32)
 
 
-class Position:
-    """Where the data stood."""
+class Position(pipeline.BatchIterator):
+    """Where the data stood, without any data."""
+
+    def __init__(self):
+        pass
 
     def get_state(self):
         return {"position": 7}

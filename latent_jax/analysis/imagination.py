@@ -43,11 +43,10 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     Where the data has no such split, says so and reports nothing.
     """
     try:
-        records = held_out(config)
+        records, examples = usable(held_out(config), config, codec)
     except UserError as problem:
         say(f"no report on held-out data: {problem}")
         return {}
-    examples = [codec.lay_out(layout) for layout in caption_layouts(records, config)]
     vision = model.vlm.config.vision
     budgets = packing.choose_budgets(
         examples,
@@ -66,6 +65,21 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     for line in table(found):
         say(line)
     return found
+
+
+def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], list[Example]]:
+    """The records that can be laid out, and their examples. Raises UserError where none can."""
+    kept, examples, problem = [], [], None
+    for record, layout in zip(records, caption_layouts(records, config), strict=True):
+        try:
+            examples.append(codec.lay_out(layout))
+        except UserError as error:
+            problem = problem or error
+            continue
+        kept.append(record)
+    if not kept:
+        raise problem or UserError("the split is empty")
+    return kept, examples
 
 
 def held_out(config) -> list[dict]:

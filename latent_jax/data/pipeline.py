@@ -4,7 +4,6 @@ Grain owns order and decoding (a random-access dataset, so a position is one num
 batches happen in one background thread; the state that a batch leaves behind travels with it.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -238,18 +237,18 @@ def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 
     Broken records are left out; UserError naming the first of them where nothing is left.
     """
     count = min(n, len(source))
-    broken: collections.deque[str] = collections.deque(maxlen=1)
+    first_broken = ""
     examples = []
     for index in range(count):
         try:
             example = codec.lay_out(layout_fn(source[index * len(source) // count], index))
         except UserError as problem:
-            broken.appendleft(str(problem))
+            first_broken = first_broken or str(problem)
             continue
         hollow = np.broadcast_to(np.uint8(0), example.patches.shape)
         examples.append(dataclasses.replace(example, patches=hollow))
     if not examples:
-        raise UserError(f"no usable record among {count}" + (f": {broken[0]}" if broken else ""))
+        raise UserError(f"no usable record among {count}" + (f": {first_broken}" if first_broken else ""))
     return examples
 
 

@@ -55,7 +55,7 @@ def slots(config) -> int:
 
 def build_head(model_config, config, rngs) -> None:
     """Fine-tuning adds nothing to the model."""
-    return None
+    return
 
 
 def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:

@@ -35,9 +35,9 @@ def facade():
     embed, lm_head = arrays["vlm.text.embed"], arrays["vlm.text.lm_head"]
     embed *= 8
     lm_head *= 0.01
-    lm_head[end] = embed[colors].mean(0)
+    lm_head[end] = embed[colors].sum(0)
     for color in colors:
-        lm_head[color] = embed[newline] / 2 + rng.normal(size=embed.shape[1])
+        lm_head[color] = embed[newline] + rng.normal(size=embed.shape[1])
     for path in ("head.slots", "head.fc1", "head.fc2"):
         arrays[path] = arrays[path] * 4
     model = structure.build({path: jnp.asarray(array) for path, array in arrays.items()})

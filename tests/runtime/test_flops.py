@@ -88,7 +88,7 @@ def test_published_7b_by_the_rule_of_thumb():
 
 def test_vision_by_hand():
     work = dataclasses.replace(NOTHING, patches=32, window_pairs=512, image_pairs=1024)
-    d, f, depth, full = 64, 192, 4, 2
+    d, f, depth, full = 64, 192, 2, 1
     embed = 32 * 2 * 588 * d
     blocks = depth * 32 * (2 * d * 3 * d + 2 * d * d + 3 * 2 * d * f)
     attention = full * 1024 * 4 * d + (depth - full) * 512 * 4 * d
