@@ -37,6 +37,7 @@ def embedded(config):
     config.data.row_tokens = 64
     config.latent.grid = 4  # 112-pixel images have 4 x 4 merged tokens: the full grid
     config.latent.captions = "first"
+    config.loss.similarity_weight = 3.0
     config.train.steps = 500
     config.train.batch_size = 32
     config.train.learning_rate = 1e-3
