@@ -66,7 +66,7 @@ def is_workdir(directory: str | Path) -> bool:
     return (Path(directory) / CHECKPOINTS).is_dir()
 
 
-def split(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
+def split(arrays: dict[str, np.ndarray | jax.Array]) -> tuple[dict, dict]:
     """(vlm arrays, head arrays), each under its own paths."""
     vlm = {p.removeprefix("vlm."): a for p, a in arrays.items() if p.startswith("vlm.")}
     head = {p.removeprefix("head."): a for p, a in arrays.items() if p.startswith("head.")}
