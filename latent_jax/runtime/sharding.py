@@ -4,8 +4,6 @@ One rule for every weight: its axis letters say which mesh axis each dimension i
 `replica` and `fsdp` by groups.
 """
 
-import dataclasses
-
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,13 +72,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def data_shards(mesh: Mesh) -> int:
     """Devices that see different groups."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Constrain:
-    """Pins activations with a leading group axis to the devices that hold the group."""
-
-    mesh: Mesh
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(GROUPS)))
