@@ -24,7 +24,7 @@ from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import files, flops, hosts, preemption, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.runtime.devices import divide_cpu, enable_compile_cache
+from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.state import Setup, TrainState, first_state, make_setup
@@ -55,6 +55,8 @@ def run(config, directory: str | Path) -> Summary:
     # ------------------------------------------------------------ what is trained
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp)
     hosts.meet(mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     origin = hf_io.resolve(config.model.path or TINY_VL)
     codec = Codec.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
     model_config = dataclasses.replace(

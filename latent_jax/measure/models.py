@@ -18,7 +18,7 @@ from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
-from latent_jax.runtime.devices import divide_cpu
+from latent_jax.runtime.devices import divide_cpu, keep_freed_memory
 from latent_jax.workdir import is_workdir
 
 HEAD = 128  # as in every published model
@@ -39,10 +39,16 @@ def checkpoint(model: str, width: int, layers: int) -> Iterator[Path]:
 
 
 def devices() -> list[jax.Device]:
-    """All there are; a core of a CPU is one, since XLA computes most of a small model on one thread."""
+    """All there are; a core of a CPU is one, since XLA computes most of a small model on one thread.
+
+    On a CPU both sides then run under the memory allocation that training sets up.
+    """
     divide_cpu(timing.cores())
     found = jax.devices()
-    return found[: timing.cores()] if found[0].platform == "cpu" else found
+    if found[0].platform != "cpu":
+        return found
+    keep_freed_memory()
+    return found[: timing.cores()]
 
 
 def config_of(directory: Path, codec: Codec) -> Config:

@@ -15,7 +15,7 @@ POLICIES = {
 def rematerialise(body: Callable, policy: str) -> Callable:
     """Wraps a scan body. `none` keeps everything, `dots` keeps matmul outputs, `full` only the layer's input."""
     if policy == "none":
-        if partition.ambient() is None:
+        if not partition.gathers():
             return body
         return jax.checkpoint(body, policy=partition.keep_all_but_gathered, prevent_cse=False)
     # prevent_cse is for bodies outside a scan; inside, the loop already keeps the recomputation apart.

@@ -27,6 +27,12 @@ def ambient() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or set(mesh.axis_names) != set(AXES) else mesh
 
 
+def gathers() -> bool:
+    """Whether weights lie in parts here that a layer must gather first."""
+    mesh = ambient()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 def groups(mesh: Mesh | AbstractMesh) -> int:
     """Devices that see different rows."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -53,10 +59,9 @@ def rows(x: jax.Array) -> jax.Array:
 
 def gather(weight: jax.Array, axes: str) -> jax.Array:
     """The weight whole over `fsdp` (still split over `tp`); its gradient comes back scattered as the weight lies."""
-    mesh = ambient()
-    if mesh is None:
+    if not gathers():
         return weight
-    stored = weight_spec(axes, weight.shape, mesh)
+    stored = weight_spec(axes, weight.shape, ambient())
     if "fsdp" not in stored:
         return weight
     return _gather(weight, stored)
@@ -80,7 +85,7 @@ def gather_module(module: nnx.Module, skip: str = "L") -> nnx.Module:
             letters = letters[1:]
         return variable.replace(gather(value, " ".join(letters)))
 
-    if ambient() is None:
+    if not gathers():
         return module
     return jax.tree.map(whole, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

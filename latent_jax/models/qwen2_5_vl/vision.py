@@ -1,5 +1,7 @@
 """The vision tower: patches to merged visual tokens (HF Qwen2_5_VisionTransformerPretrainedModel)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -123,20 +125,33 @@ class VisionTower(nnx.Module):
         x = partition.rows(self.embed(patches, mean, std))
         angles = axial(patch_positions, self.config.head_size)
         windowed = max(self.config.window_patches, self.config.merge_unit)
-        full = jnp.isin(jnp.arange(self.config.depth), jnp.array(self.config.fullatt_block_indexes, jnp.int32))
 
-        def body(x, layer):
-            block, is_full = partition.gather_module(layer[0]), layer[1]
-            x = jax.lax.cond(
-                is_full,
-                lambda x: block(x, angles, patch_image, image_patches, self.attention),
-                lambda x: block(x, angles, patch_window, windowed, self.attention),
-                x,
-            )
-            x = partition.rows(x)
-            return x, (x if collect else None)
+        def blocks_of(is_full: bool):
+            group = (patch_image, image_patches) if is_full else (patch_window, windowed)
 
-        x, layers = jax.lax.scan(rematerialise(body, remat), x, (self.blocks, full), unroll=unroll)
+            def body(x, block):
+                x = partition.rows(partition.gather_module(block)(x, angles, *group, self.attention))
+                return x, (x if collect else None)
+
+            return rematerialise(body, remat)
+
+        bodies = {is_full: blocks_of(is_full) for is_full in (False, True)}
+        full = set(self.config.fullatt_block_indexes)
+        repeats, runs = _pattern([layer in full for layer in range(self.config.depth)])
+
+        def turn(x, blocks):
+            layers, start = [], 0
+            for is_full, count in runs:
+                some = jax.tree.map(lambda weight: weight[start : start + count], blocks)  # noqa: B023
+                x, outputs = jax.lax.scan(bodies[is_full], x, some, unroll=min(unroll, count))
+                layers.append(outputs)
+                start += count
+            return x, (jnp.concatenate(layers) if collect else None)
+
+        period = self.config.depth // repeats
+        turns = jax.tree.map(lambda weight: weight.reshape(repeats, period, *weight.shape[1:]), self.blocks)
+        x, layers = jax.lax.scan(turn, x, turns, unroll=min(max(unroll // period, 1), repeats))
+        layers = layers.reshape(self.config.depth, *x.shape) if collect else None
         return self.merger(x), x, layers
 
     def embed(self, patches: UInt8[Array, "G P c"], mean, std) -> Float[Array, "G P D"]:
@@ -153,3 +168,14 @@ class VisionTower(nnx.Module):
         else:
             kernel = kernel.reshape(t, channels, -1, D).swapaxes(0, 1).reshape(c, D)
         return jnp.einsum("GPc,cD->GPD", pixels.reshape(G, P, c).astype(kernel.dtype), kernel)
+
+
+def _pattern(kinds: list[bool]) -> tuple[int, list[tuple[bool, int]]]:
+    """How often the layers repeat their shortest pattern, and that pattern as runs of (kind, layers).
+
+    Which attention a layer has is thus known when the program is made: a conditional in one scan over all layers would
+    keep both kinds' intermediate values for the backward pass, the ones not computed as zeros.
+    """
+    depth = len(kinds)
+    period = next(p for p in range(1, depth + 1) if depth % p == 0 and kinds == kinds[:p] * (depth // p))
+    return depth // period, [(kind, len(list(run))) for kind, run in itertools.groupby(kinds[:period])]
