@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
+from latent_jax.settling import layout_of, settle, sizes
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
 
@@ -74,7 +75,7 @@ def run(config, directory: str | Path) -> Summary:
     config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh)
     batches = pipeline.make_dataset(
         data,
-        layout_fn=_layout(method, config, codec),
+        layout_fn=layout_of(method, config, codec),
         codec=codec,
         budgets=budgets,
         own=hosts.own_groups(mesh, budgets.groups),
@@ -132,76 +133,6 @@ def _teller(config):
     """Says a line on standard error where the config asks for progress."""
     shown = config.log.progress and jax.process_index() == 0
     return lambda line: print(line, file=sys.stderr, flush=True) if shown else None
-
-
-def _layout(method, config, codec: Codec):
-    return lambda record, index: method.layout(record, index, config, codec)
-
-
-def settle(config, directory: Path, method, codec: Codec, model_config, data, mesh: jax.sharding.Mesh):
-    """Decides once what depends on the data and the machine, and keeps it in the workdir's config.json.
-
-    Returns (config with nothing left open, the batch's Budgets, lines worth saying). A workdir that was begun before
-    keeps its decisions; raises UserError where the config that comes now would change trained numbers.
-    """
-    file, notes, shards = directory / workdir.CONFIG, [], sharding.data_shards(mesh)
-    if file.exists():
-        old, measured = schema.read(file)
-        notes = schema.check_resume(old, config)
-        if "budgets" not in measured:
-            raise UserError(f"{directory}: was begun by another program ({', '.join(measured)}); use a new --workdir")
-    else:
-        measured = {"budgets": dataclasses.asdict(_choose_budgets(config, method, codec, model_config, data, shards))}
-    budgets = packing.Budgets(**measured["budgets"])
-    if budgets.groups % shards:
-        raise UserError(
-            f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
-            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
-        )
-    before, now = measured.get("mesh"), dict(mesh.shape)
-    if before not in (None, now):
-        notes.append(
-            f"the mesh changes from {_sizes(before)} to {_sizes(now)}: the same data in the same order, but sums are "
-            "added in another order, so that losses agree to rounding and not to the bit"
-        )
-    hosts.sync("every host has read config.json")
-    if hosts.primary():
-        directory.mkdir(parents=True, exist_ok=True)
-        schema.write(config, file, {**measured, "mesh": now})
-    hosts.sync("the first host has written config.json")
-    hosts.expect_shared(file)
-    chosen = {name: getattr(budgets, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
-    remat = config.model.remat
-    if remat == "auto":
-        remat = "none" if jax.default_backend() == "cpu" else "full"
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **chosen),
-        model=dataclasses.replace(config.model, remat=remat),
-    )
-    return config, budgets, notes
-
-
-def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int) -> packing.Budgets:
-    """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept."""
-    vision, names = model_config.vision, ("rows", "tokens", "patches", "image_patches")
-    sample = []
-    for source, weight in data:
-        count = max(1, round(config.data.sample * weight))
-        sample += pipeline.sample_examples(source, _layout(method, config, codec), codec, count)
-    if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
-        np.random.default_rng(config.seed).shuffle(sample)
-    budgets = packing.choose_budgets(
-        sample,
-        batch_size=config.train.batch_size,
-        groups=config.data.groups or shards,
-        micro=config.train.accumulate,
-        window_patches=vision.window_patches,
-        merge_unit=vision.merge_unit,
-        row_tokens=config.data.row_tokens,
-        slots=method.slots(config),
-    )
-    return dataclasses.replace(budgets, **{n: getattr(config.data, n) for n in names if getattr(config.data, n)})
 
 
 # ---------------------------------------------------------------- state
@@ -285,13 +216,9 @@ def describe(setup: Setup, state: TrainState) -> str:
     trained, frozen = (sum(a.size for a in arrays.values()) for arrays in (state.trainable, state.frozen))
     count = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return (
-        f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {_sizes(setup.mesh.shape)} "
+        f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {sizes(setup.mesh.shape)} "
         f"(replica x fsdp x tp) of {setup.mesh.devices.flat[0].device_kind}{count}; attention {setup.attention}"
     )
-
-
-def _sizes(shape: Mapping[str, int]) -> str:
-    return "x".join(str(size) for size in shape.values())
 
 
 def overview(state: TrainState) -> str:

@@ -1,0 +1,91 @@
+"""What a run decides once, from its data and its machine, and keeps in config.json: the batch's static shapes."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from latent_jax import config as schema
+from latent_jax import workdir
+from latent_jax.data import packing, pipeline
+from latent_jax.data.chat import Codec
+from latent_jax.errors import UserError
+from latent_jax.runtime import hosts, sharding
+
+
+def settle(config, directory: Path, method, codec: Codec, model_config, data, mesh: jax.sharding.Mesh):
+    """Decides once what depends on the data and the machine, and keeps it in the workdir's config.json.
+
+    Returns (config with nothing left open, the batch's Budgets, lines worth saying). A workdir that was begun before
+    keeps its decisions; raises UserError where the config that comes now would change trained numbers.
+    """
+    file, notes, shards = directory / workdir.CONFIG, [], sharding.data_shards(mesh)
+    if file.exists():
+        old, measured = schema.read(file)
+        notes = schema.check_resume(old, config)
+        if "budgets" not in measured:
+            raise UserError(f"{directory}: was begun by another program ({', '.join(measured)}); use a new --workdir")
+    else:
+        measured = {"budgets": dataclasses.asdict(_choose_budgets(config, method, codec, model_config, data, shards))}
+    budgets = packing.Budgets(**measured["budgets"])
+    if budgets.groups % shards:
+        raise UserError(
+            f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
+            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
+        )
+    before, now = measured.get("mesh"), dict(mesh.shape)
+    if before not in (None, now):
+        notes.append(
+            f"the mesh changes from {sizes(before)} to {sizes(now)}: the same data in the same order, but sums are "
+            "added in another order, so that losses agree to rounding and not to the bit"
+        )
+    hosts.sync("every host has read config.json")
+    if hosts.primary():
+        directory.mkdir(parents=True, exist_ok=True)
+        schema.write(config, file, {**measured, "mesh": now})
+    hosts.sync("the first host has written config.json")
+    hosts.expect_shared(file)
+    chosen = {name: getattr(budgets, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
+    remat = config.model.remat
+    if remat == "auto":
+        remat = "none" if jax.default_backend() == "cpu" else "full"
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **chosen),
+        model=dataclasses.replace(config.model, remat=remat),
+    )
+    return config, budgets, notes
+
+
+def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int) -> packing.Budgets:
+    """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept."""
+    vision, names = model_config.vision, ("rows", "tokens", "patches", "image_patches")
+    sample = []
+    for source, weight in data:
+        count = max(1, round(config.data.sample * weight))
+        sample += pipeline.sample_examples(source, layout_of(method, config, codec), codec, count)
+    if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
+        np.random.default_rng(config.seed).shuffle(sample)
+    budgets = packing.choose_budgets(
+        sample,
+        batch_size=config.train.batch_size,
+        groups=config.data.groups or shards,
+        micro=config.train.accumulate,
+        window_patches=vision.window_patches,
+        merge_unit=vision.merge_unit,
+        row_tokens=config.data.row_tokens,
+        slots=method.slots(config),
+    )
+    return dataclasses.replace(budgets, **{n: getattr(config.data, n) for n in names if getattr(config.data, n)})
+
+
+def layout_of(method, config, codec: Codec):
+    """What the method shows of (record, its index in the data order)."""
+    return lambda record, index: method.layout(record, index, config, codec)
+
+
+def sizes(shape: Mapping[str, int]) -> str:
+    """`2x4x1` of a mesh's axes."""
+    return "x".join(str(size) for size in shape.values())
