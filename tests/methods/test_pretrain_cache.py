@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from latent_jax import config as schema
-from latent_jax import encode, state, train
+from latent_jax import encode, settling, state, train
 from latent_jax.data import latent_cache, packing, pipeline
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
@@ -177,7 +177,7 @@ def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp
     made, source = encoder(config), Pictures(9)
     [(cached, _)] = made.beside([(source, 1.0)], lambda line: None)
     messages = {}
-    layout = train._layout(pretrain, config, made.codec)
+    layout = settling.layout_of(pretrain, config, made.codec)
     budgets = packing.choose_budgets(pipeline.sample_examples(cached, layout, made.codec, 4), batch_size=8)
     for index, record in enumerate(cached):
         found = pipeline._lay_out(layout, made.codec, budgets, False, index, record)
