@@ -81,9 +81,9 @@ def _count(scene, attribute, value):
 
 
 def _relation(rng, split, number):
-    """Yes and no are equally often right, and so are both places of yes."""
+    """Yes and no are equally often right; yes is always (A), so a letter means one thing."""
     true = number % 2 == 0
-    choices = ["yes", "no"] if number // 2 % 2 else ["no", "yes"]
+    choices = ["yes", "no"]
     while True:
         scene = world.sample(rng, split, placement="free", objects=(2, 5), striped=0.0)
         one, other = rng.sample(scene.things, 2)

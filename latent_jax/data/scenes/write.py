@@ -13,7 +13,7 @@ from latent_jax.data.scenes.render import encode, render
 from latent_jax.data.scenes.world import PLACEMENTS, SPLITS, sample
 from latent_jax.errors import UserError
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 SIZES = {"train": 6000, "validation": 500, "test": 250, "compositional": 250}
 _MOST = 1_000_000
 
