@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from latent_jax import config as schema
 from latent_jax.data import packing, pipeline
 from latent_jax.data.chat import Codec
 from latent_jax.data.latent_cache import Cached, LatentCache
@@ -28,6 +27,7 @@ from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.models.weights import Structure
 from latent_jax.runtime import sharding
+from latent_jax.settings import mixture
 from latent_jax.state import compute_dtype
 
 # What a group holds in one pass: enough to keep a device busy, and little beside what a training step takes.
@@ -54,7 +54,7 @@ class Encoder:
         """
         if not hasattr(self.method, "CACHED"):
             raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
-        names = [name for name, _ in schema.mixture(self.config.data.name)]
+        names = [name for name, _ in mixture(self.config.data.name)]
         caches = [self.open(name, len(source)) for name, (source, _) in zip(names, data, strict=True)]
         for cache, (source, _) in zip(caches, data, strict=True):
             self.fill(cache, source, say)

@@ -20,11 +20,12 @@ from ml_collections import ConfigDict, config_flags
 from latent_jax import config as schema
 from latent_jax.benchmarks.settings import Evaluation
 from latent_jax.errors import UserError
+from latent_jax.settings import Config
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
-def parse(arguments: list[str]) -> tuple[schema.Config | Evaluation, Path]:
+def parse(arguments: list[str]) -> tuple[Config | Evaluation, Path]:
     """Reads the command line (without the program's name): the resolved config and the workdir.
 
     Raises UserError for whatever is wrong with it, and SystemExit(0) after printing the help.

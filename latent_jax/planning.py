@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from latent_jax import config as schema
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing
 from latent_jax.errors import UserError
@@ -27,6 +26,7 @@ from latent_jax.models.weights import Structure
 from latent_jax.ops import attention
 from latent_jax.runtime import flops, hlo, sharding, topologies
 from latent_jax.runtime.roofline import Roofline, roofline
+from latent_jax.settings import PRESETS
 from latent_jax.state import Setup, make_setup, new_model
 from latent_jax.step import make_step
 
@@ -150,7 +150,7 @@ def model_shape(config) -> tuple[ModelConfig, jnp.dtype, int]:
             f"config.model.path: {model.path!r} is not on this machine and plan downloads nothing; "
             "set config.model.preset to a published shape"
         )
-    file = schema.PRESETS / f"{model.preset}.json"
+    file = PRESETS / f"{model.preset}.json"
     return from_json(file), jnp.dtype(json.loads(file.read_text()).get("torch_dtype", "bfloat16")), 0
 
 

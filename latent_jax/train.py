@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from latent_jax import config as schema
 from latent_jax import encode, workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
@@ -27,6 +26,7 @@ from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
+from latent_jax.settings import PRESETS, mixture
 from latent_jax.settling import layout_of, settle, sizes
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
@@ -123,7 +123,7 @@ def run(config, directory: str | Path) -> Summary:
 
 def open_data(config, split: str) -> list[tuple[pipeline.Source, float]]:
     """The sources of `config.data.name` with their sampling weights, each cut down to `config.data.share`."""
-    found = [(sources.open_source(name, config.data.path, split), w) for name, w in schema.mixture(config.data.name)]
+    found = [(sources.open_source(name, config.data.path, split), w) for name, w in mixture(config.data.name)]
     if config.data.share == 1:
         return found
     return [(sources.Subset(source, config.data.share, config.seed), weight) for source, weight in found]
@@ -141,7 +141,7 @@ def _teller(config):
 def _shape_file(config, origin: Path) -> Path:
     """Where the model's shape stands: a preset for random weights, else the checkpoint's own config.json."""
     named = config.model.init == "random" and config.model.preset
-    return schema.PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
+    return PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
 
 
 def keep_origin(config, origin: Path, directory: Path) -> None:

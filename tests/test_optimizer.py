@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from latent_jax import optimizer
-from latent_jax.config import Train
+from latent_jax.settings import Train
 
 PATHS = ["vlm.text.blocks.q", "vlm.text.blocks.q_bias", "vlm.text.norm", "head.fc1", "head.slots"]
 

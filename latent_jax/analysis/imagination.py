@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latent_jax import config as schema
 from latent_jax import generate
 from latent_jax.analysis.geometry import latent_geometry
 from latent_jax.data import packing, pipeline, sources
@@ -26,6 +25,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files
+from latent_jax.settings import mixture
 
 ARMS = ("imagined", "true latents", "mean latents", "untrained head", "caption as text")
 # Records that one compiled call takes: of the probe, and of the held-out latents.
@@ -84,7 +84,7 @@ def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], l
 
 def held_out(config) -> list[dict]:
     """The first `evaluate.examples` held-out records; those of scenes with questions about the same images."""
-    name = schema.mixture(config.data.name)[0][0]
+    name = mixture(config.data.name)[0][0]
     source = sources.open_source(name, config.data.path, config.evaluate.split)
     if name == "scenes":
         questions = sources.open_source("scenes_questions", config.data.path, config.evaluate.split)

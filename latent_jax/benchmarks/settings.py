@@ -6,6 +6,7 @@ import pkgutil
 
 from latent_jax.errors import UserError
 from latent_jax.fields import option
+from latent_jax.settings import check_pixels
 
 # What may stand where a model predicts latents: its own, an intervention, or none.
 LATENTS = ("own", "zero", "noise", "mean", "shuffled", "none")
@@ -95,8 +96,4 @@ def check(config: Evaluation) -> None:
         )
     if config.evaluate.interventions and not config.evaluate.imagine:
         raise UserError("config.evaluate.interventions: got true; it takes config.evaluate.imagine=true")
-    if config.data.max_pixels and config.data.min_pixels > config.data.max_pixels:
-        raise UserError(
-            f"config.data.min_pixels: got {config.data.min_pixels}, expected at most "
-            f"config.data.max_pixels = {config.data.max_pixels}"
-        )
+    check_pixels(config.data)

@@ -25,6 +25,7 @@ from latent_jax.measure.timing import Report
 from latent_jax.methods import sft
 from latent_jax.models import hf_io
 from latent_jax.runtime import flops, sharding
+from latent_jax.settings import mixture
 from latent_jax.state import first_state, make_setup
 from latent_jax.step import make_step
 
@@ -109,7 +110,7 @@ def _config(options):
 
 def _records(config):
     """Records of the sources in turn."""
-    opened = [sources.open_source(name, "", "train") for name, _ in schema.mixture(config.data.name)]
+    opened = [sources.open_source(name, "", "train") for name, _ in mixture(config.data.name)]
     return ((source[i % len(source)], i) for i in itertools.count() for source in opened)
 
 

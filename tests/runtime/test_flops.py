@@ -15,9 +15,10 @@ from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
 from latent_jax.runtime import flops
+from latent_jax.settings import PRESETS
 from tests.reference.ours import QUICK
 
-TINY = from_json(schema.PRESETS / "tiny.json")
+TINY = from_json(PRESETS / "tiny.json")
 NOTHING = flops.Work(tokens=0, supervised=0, pairs=0.0, patches=0, window_pairs=0, image_pairs=0, channels=588)
 SOME = flops.Work(tokens=1000, supervised=900, pairs=5e5, patches=32, window_pairs=512, image_pairs=1024, channels=588)
 
@@ -117,7 +118,7 @@ def test_a_whole_model_against_the_compiler(trained):
 
 def test_published_7b_by_the_rule_of_thumb():
     """6 FLOPs a parameter and token for training: 7.07e9 matrix parameters without embeddings, with lm_head .545e9."""
-    config = from_json(schema.PRESETS / "qwen2_5_vl_7b.json")
+    config = from_json(PRESETS / "qwen2_5_vl_7b.json")
     work = dataclasses.replace(NOTHING, tokens=8192, supervised=8192, pairs=8192**2 / 2)
     matrices = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 3584 * 152064
     attention = 28 * 6 * 8192**2 * 3584

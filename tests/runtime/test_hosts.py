@@ -17,6 +17,7 @@ import pytest
 from latent_jax import config as schema
 from latent_jax.errors import UserError
 from latent_jax.runtime import hosts, sharding
+from latent_jax.settings import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,7 @@ def test_a_process_joins_others_where_there_are_some(environment, settings, join
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hosts._several(schema.Hosts(**settings)) == joins
+    assert hosts._several(Hosts(**settings)) == joins
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_another_mesh_and_other_hosts_may_resume():
 
 
 def test_alone_everything_is_its_own():
-    with hosts.joined(schema.Hosts(cluster="none")):
+    with hosts.joined(Hosts(cluster="none")):
         pass
     assert hosts.primary()
     assert hosts.summed({"tokens": 2**40 + 1, "pairs": 0.5})() == {"tokens": 2**40 + 1, "pairs": 0.5}
