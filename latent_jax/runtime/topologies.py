@@ -42,12 +42,14 @@ class Chip:
     network: float = 0.0
 
 
-# One 200 Gb/s adapter for each A100, 400 Gb/s for each H100 and H200: DGX and the clouds' 8-GPU machines.
+# One 200 Gb/s adapter for each A100, 400 Gb/s for each H100 and H200: DGX and the clouds' 8-GPU machines. A card of a
+# workstation has PCIe 4.0 x16 and, to the next one, 10 Gb/s.
 GPUS = {
     "a100-40gb": Chip("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1.555e12, 300e9, 25e9),
     "a100-80gb": Chip("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2.039e12, 300e9, 25e9),
     "h100-80gb": Chip("NVIDIA H100 80GB HBM3", 84_978_434_048, 3.352e12, 450e9, 50e9),
     "h200-141gb": Chip("NVIDIA H200", 151_397_597_184, 4.8e12, 450e9, 50e9),
+    "rtx4090-24gb": Chip("NVIDIA GeForce RTX 4090", 25_757_220_864, 1.008e12, 32e9, 1.25e9),
 }
 TPUS = {
     "v4": Chip("TPU v4", 32 * GIB, 1.2288e12, 300e9),
@@ -194,25 +196,43 @@ def _quiet():
         os.close(nowhere)
 
 
-# What the compiler asks of a GPU: compute capability, cores, arithmetic units a core, KiB of shared memory a core,
-# MiB of second-level cache, GHz.
-_GPU_CORES = {"A100": (8, 108, 64, 164, 40, 1.41), "H100": (9, 132, 128, 228, 50, 1.98)}
+@dataclasses.dataclass(frozen=True)
+class Cores:
+    """What the compiler asks of a kind of GPU: KiB of shared memory a core, MiB of second-level cache, GHz."""
+
+    capability: tuple[int, int]
+    count: int
+    units: int
+    threads: int
+    shared: int
+    cache: int
+    clock: float
+
+
+_H100 = Cores((9, 0), 132, 128, 2048, 228, 50, 1.98)
+_CORES = {
+    "A100": Cores((8, 0), 108, 64, 2048, 164, 40, 1.41),
+    "H100": _H100,
+    "H200": _H100,
+    "RTX 4090": Cores((8, 9), 128, 128, 1536, 100, 72, 2.52),
+}
 
 
 def target_config(chip: Chip) -> str:
     """The compiler's description of a GPU (stream_executor.GpuTargetConfigProto, as text)."""
-    capability, cores, units, shared, cache, clock = _GPU_CORES["A100" if "A100" in chip.kind else "H100"]
+    cores = next(cores for name, cores in _CORES.items() if name in chip.kind)
+    major, minor = cores.capability
     return f"""
 gpu_device_info {{
-  cuda_compute_capability {{ major: {capability} }}
-  core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {cores.count} fpus_per_core: {cores.units} clock_rate_ghz: {cores.clock}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {cores.threads}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: {48 * 1024} shared_memory_per_core: {shared * 1024}
-  shared_memory_per_block_optin: {(shared - 1) * 1024}
+  shared_memory_per_block: {48 * 1024} shared_memory_per_core: {cores.shared * 1024}
+  shared_memory_per_block_optin: {(cores.shared - 1) * 1024}
   block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  l2_cache_size: {cache * 2**20} memory_bandwidth: {int(chip.bandwidth)} device_memory_size: {chip.memory}
+  l2_cache_size: {cores.cache * 2**20} memory_bandwidth: {int(chip.bandwidth)} device_memory_size: {chip.memory}
 }}
 runtime_version {{ major: 12 minor: 8 }}
 dnn_version_info {{ major: 9 minor: 10 }}

@@ -16,6 +16,7 @@ from latent_jax.runtime import flops, topologies
         ("a100-80gb:4x8", 32, 8, "NVIDIA A100-SXM4-80GB"),
         ("h100-80gb:8", 8, 8, "NVIDIA H100 80GB HBM3"),
         ("h200-141gb:2x4", 8, 4, "NVIDIA H200"),
+        ("rtx4090-24gb:1", 1, 1, "NVIDIA GeForce RTX 4090"),
         ("v4:2x2x2", 8, 8, "TPU v4"),
         ("v5e:4x4", 16, 16, "TPU v5 lite"),
         ("v5p:2x2x4", 16, 16, "TPU v5"),
@@ -71,3 +72,9 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(monkeypatch):
         topologies.open_devices(topologies.parse("v5e:4x4"))
     with pytest.raises(UserError, match=r"a100-80gb:8: .*needs jax's CUDA plugin \(pip install 'latent_jax\[cuda12\]'"):
         topologies.open_devices(topologies.parse("a100-80gb:8"))
+
+
+def test_every_gpu_is_described_to_its_compiler():
+    found = {name: topologies.target_config(chip) for name, chip in topologies.GPUS.items()}
+    assert "major: 8 minor: 9" in found["rtx4090-24gb"] and "core_count: 128" in found["rtx4090-24gb"]
+    assert "major: 8 minor: 0" in found["a100-40gb"] and "major: 9 minor: 0" in found["h200-141gb"]
