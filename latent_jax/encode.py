@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from latent_jax.data import packing, pipeline
+from latent_jax.data import budgeting, packing, pipeline
 from latent_jax.data.chat import Codec
 from latent_jax.data.latent_cache import Cached, LatentCache
 from latent_jax.data.layout import Example
@@ -109,7 +109,7 @@ class Encoder:
         sizes = [packing.size_of(example, vision.merge_unit) for example in sample]
         patches = max(1.0, np.mean([size.patches for size in sizes]))
         passes = -(-cache.shard_records // (groups * max(1, min(_EXAMPLES, int(_PATCHES / patches)))))
-        return packing.choose_budgets(
+        return budgeting.choose(
             sizes,
             batch_size=groups * -(-cache.shard_records // (groups * passes)),
             groups=groups,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from latent_jax.assets import TINY_VL
-from latent_jax.data import packing
+from latent_jax.data import budgeting, packing
 from latent_jax.errors import UserError
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
@@ -174,7 +174,7 @@ def batch_shape(
         channels=vision.in_channels * vision.patch_size**2,
         image_patches=image,
     )
-    budgets = packing.choose_budgets(
+    budgets = budgeting.choose(
         [size],
         batch_size=config.train.batch_size,
         groups=data.groups or shards,

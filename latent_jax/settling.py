@@ -9,7 +9,7 @@ import numpy as np
 
 from latent_jax import config as schema
 from latent_jax import workdir
-from latent_jax.data import packing, pipeline
+from latent_jax.data import budgeting, packing, pipeline
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
 from latent_jax.runtime import hosts, sharding
@@ -68,7 +68,7 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         sample += pipeline.sample_examples(source, layout_of(method, config, codec), codec, count)
     if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
         np.random.default_rng(config.seed).shuffle(sample)
-    budgets = packing.choose_budgets(
+    budgets = budgeting.choose(
         sample,
         batch_size=config.train.batch_size,
         groups=config.data.groups or shards,

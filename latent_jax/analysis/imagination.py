@@ -18,7 +18,7 @@ from flax import nnx
 
 from latent_jax import generate
 from latent_jax.analysis.geometry import latent_geometry
-from latent_jax.data import packing, pipeline, sources
+from latent_jax.data import budgeting, pipeline, sources
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
@@ -48,7 +48,7 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
         say(f"no report on held-out data: {problem}")
         return {}
     vision = model.vlm.config.vision
-    budgets = packing.choose_budgets(
+    budgets = budgeting.choose(
         examples,
         batch_size=min(BATCH, len(examples)),
         window_patches=vision.window_patches,

@@ -319,7 +319,7 @@ class _Worker:
 
 
 def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 256) -> list[Example]:
-    """Examples from all over a source, in order, for choose_budgets. Their pixels are dropped, their shapes are not.
+    """Examples from all over a source, in order, for budgeting.choose. Their pixels are dropped, their shapes are not.
 
     Broken records are left out; UserError naming the first of them where nothing is left.
     """

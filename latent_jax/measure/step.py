@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 from latent_jax import config as schema
-from latent_jax.data import packing, sources
+from latent_jax.data import budgeting, packing, sources
 from latent_jax.data.chat import Codec
 from latent_jax.data.images import open_image
 from latent_jax.data.prompts import DESCRIBE
@@ -71,7 +71,7 @@ def measure(options) -> Report:
     text, vision = flops.Ledger(model_config, "all", "cpu", mesh.size).flops(work)
     rate = (text + vision) / times["ours"].median / 1e9
     rows = [len(batch.conversations) for batch in batches]
-    fill = packing.fill([packing.size_of(e) for e in _laid_out(config, codec, 512)], budgets)
+    fill = budgeting.fill([packing.size_of(e) for e in _laid_out(config, codec, 512)], budgets)
     lines.append(
         f"ours: {budgets.groups} x {budgets.rows} rows of {budgets.tokens} tokens and {budgets.patches} patches, "
         f"{rate:.1f} GFLOP/s of what the step must compute (docs: runtime/flops.py)"
@@ -124,7 +124,7 @@ def _laid_out(config, codec: Codec, count: int):
 def make_batches(config, codec: Codec, model_config, shards: int, options) -> tuple[list[Batch], packing.Budgets]:
     """The first steps' examples, packed as training packs them, and as the conversations that they are."""
     vision = model_config.vision
-    budgets = packing.choose_budgets(
+    budgets = budgeting.choose(
         _laid_out(config, codec, 256),
         batch_size=config.train.batch_size,
         groups=shards,

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from latent_jax.analysis import imagination
-from latent_jax.data import packing, pipeline
+from latent_jax.data import budgeting, pipeline
 from latent_jax.methods import pretrain
 from latent_jax.models.weights import Structure
 from latent_jax.state import new_model
@@ -105,7 +105,7 @@ def test_chunks_change_no_answer(facade, records, monkeypatch):
 def test_report_has_every_arm_and_the_geometry(facade, records):
     config = small.config()
     examples = [facade.codec.lay_out(layout) for layout in imagination.caption_layouts(records, config)]
-    budgets = packing.choose_budgets(examples, batch_size=4, window_patches=16, slots=4)
+    budgets = budgeting.choose(examples, batch_size=4, window_patches=16, slots=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
     found = imagination.report(facade.model, list(pipeline.batches(examples, budgets)), records, config, facade.codec)
     assert {f"probe/{arm}" for arm in imagination.ARMS} <= found.keys()

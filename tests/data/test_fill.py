@@ -10,11 +10,11 @@ import pytest
 
 from latent_jax import config as schema
 from latent_jax.assets import TINY_VL
-from latent_jax.data import packing, pipeline, sources
+from latent_jax.data import budgeting, packing, pipeline, sources
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.data.images import smart_resize
-from latent_jax.data.packing import Size, choose_budgets, fill
+from latent_jax.data.packing import Size
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SAMPLE, COUNT = 256, 1024
@@ -32,10 +32,10 @@ def config_of(file, variant=""):
 
 
 def check(sample, others, config, groups, slots):
-    budgets = choose_budgets(
+    budgets = budgeting.choose(
         sample, batch_size=config.train.batch_size, groups=groups, row_tokens=config.data.row_tokens, slots=slots
     )
-    reached = fill(others, budgets)
+    reached = budgeting.fill(others, budgets)
     other, binds = sorted((reached["tokens"], reached["patches"]))
     assert binds >= 0.95 and other >= 0.90, (reached, budgets)
     assert reached["examples"] >= 0.94, (reached, budgets)

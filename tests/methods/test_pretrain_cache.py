@@ -19,7 +19,7 @@ from PIL import Image
 
 from latent_jax import config as schema
 from latent_jax import encode, settling, state, train
-from latent_jax.data import latent_cache, packing, pipeline
+from latent_jax.data import budgeting, latent_cache, pipeline
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
@@ -148,7 +148,7 @@ def one_by_one(made: encode.Encoder, source) -> dict[int, np.ndarray]:
         if index in (2, 5):
             continue
         example = made.codec.lay_out(pretrain.cache_layout(record, made.config))
-        budgets = packing.choose_budgets([example], batch_size=1)
+        budgets = budgeting.choose([example], batch_size=1)
         batch = {k: jnp.asarray(v[0]) for k, v in next(pipeline.batches([example], budgets)).items()}
         options = dict(image_patches=budgets.image_patches)
         z = pretrain.targets(made.model_config, model.vlm.encode(batch, **options), batch, made.config.latent)
@@ -178,7 +178,7 @@ def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp
     [(cached, _)] = made.beside([(source, 1.0)], lambda line: None)
     messages = {}
     layout = settling.layout_of(pretrain, config, made.codec)
-    budgets = packing.choose_budgets(pipeline.sample_examples(cached, layout, made.codec, 4), batch_size=8)
+    budgets = budgeting.choose(pipeline.sample_examples(cached, layout, made.codec, 4), batch_size=8)
     for index, record in enumerate(cached):
         found = pipeline._lay_out(layout, made.codec, budgets, False, index, record)
         if isinstance(found, pipeline._Broken):

@@ -1,0 +1,112 @@
+"""Which static shape a step's batches get: rows, tokens and patches that a sample of examples fills."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from latent_jax.data.layout import Example
+from latent_jax.data.packing import Budgets, FirstFit, Size, size_of
+from latent_jax.errors import UserError
+
+# A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach
+# 95 % and 90 %, so the sample must reach a little more.
+_TARGET_FILL = (0.96, 0.92)
+_STREAM = 2048  # examples that a choice of budgets is simulated on
+
+
+def choose(
+    sample: Sequence[Example | Size],
+    *,
+    batch_size: int,
+    groups: int = 1,
+    micro: int = 1,
+    window_patches: int = 64,
+    merge_unit: int = 4,
+    row_tokens: int = 2048,
+    slots: int | None = None,
+) -> Budgets:
+    """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
+
+    `sample` is in data order (see pipeline.sample_examples). `row_tokens` bounds a row, unless one example is longer.
+    Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
+    90 % of the other where the lengths allow that, and then holds the most examples. Raises UserError where
+    batch_size does not divide.
+    """
+    if batch_size % (groups * micro) or batch_size < 1:
+        raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
+    sizes = [size if isinstance(size, Size) else size_of(size, merge_unit) for size in sample]
+    if not sizes:
+        raise UserError("no example to choose budgets from")
+    unit = math.lcm(window_patches, merge_unit)
+    largest = Size(*(max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Size)))
+    fixed = dict(
+        micro=micro,
+        groups=groups,
+        examples=batch_size // (groups * micro),
+        merge_unit=merge_unit,
+        slots=largest.slots if slots is None else slots,
+        channels=largest.channels,
+        image_patches=_up(largest.image_patches, unit),
+        **_target(sample),
+    )
+    mean = [np.mean([getattr(size, name) for size in sizes]) * fixed["examples"] for name in ("tokens", "patches")]
+    spare = np.arange(0.94, 1.12, 0.04)
+    rows = {pair for more in spare for pair in _rows(mean[0] * more, largest.tokens, row_tokens)}
+    patches = {max(_up(mean[1] * more, unit), _up(largest.patches, unit)) for more in spare}
+    # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.
+    stream = list(itertools.islice(itertools.cycle(sizes), max(_STREAM, 4 * batch_size)))
+    tried = [
+        Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(patches))
+    ]
+    return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
+
+
+def _target(sample: Sequence[Example | Size]) -> dict[str, int | str]:
+    """Shape and dtype of the latents that the sample's examples bring along; nothing where they bring none."""
+    for example in sample:
+        if isinstance(example, Example) and (given := example.target_latents) is not None:
+            return dict(target_slots=given.shape[0], target_size=given.shape[1], target_dtype=given.dtype.name)
+    return {}
+
+
+def fill(sizes: Iterable[Size], budgets: Budgets) -> dict[str, float]:
+    """Mean share of `tokens`, `patches` and `examples` that full steps of these sizes use."""
+    steps: list[np.ndarray] = []
+    plan, used = FirstFit(budgets), np.zeros(3)
+    for size in sizes:
+        if plan.place(size) is None:
+            steps.append(used)
+            plan, used = FirstFit(budgets), np.zeros(3)
+            plan.place(size)
+        used = used + (size.tokens, size.patches, 1)
+    whole = np.array([budgets.rows * budgets.tokens, max(budgets.patches, 1), budgets.examples])
+    mean = np.mean(steps or [used], axis=0) / (whole * budgets.micro * budgets.groups)
+    return dict(zip(("tokens", "patches", "examples"), mean.tolist(), strict=True))
+
+
+def _worth(filled: dict[str, float]) -> float:
+    """Examples a step, once the fills are what they should be; of two that hold about as many, the fuller."""
+    pair = sorted((filled["tokens"], filled["patches"]), reverse=True)
+    if not filled["patches"]:
+        pair = [filled["tokens"]]
+    shortfall = sum(max(0.0, want - have) for want, have in zip(_TARGET_FILL, pair, strict=False))
+    return filled["examples"] + sum(pair) / 4 - 10 * shortfall
+
+
+def _rows(tokens: float, longest: int, row_tokens: int) -> Iterator[tuple[int, int]]:
+    """(rows, tokens a row) for a group's need: as few rows as `row_tokens` allows, and a few more, equally long.
+
+    Where rows hold few examples, a little more or less length decides how many: lengths step finely there.
+    """
+    limit = max(row_tokens, longest)
+    fewest = math.ceil(tokens / limit)
+    for rows in range(fewest, min(fewest + 4, math.ceil(tokens / longest)) + 1):
+        length = max(tokens / rows, longest)
+        yield rows, _up(length, 128 if length > 1024 else 64 if length > 512 else 16)
+
+
+def _up(value: float, unit: int) -> int:
+    return math.ceil(value / unit) * unit

@@ -1,0 +1,70 @@
+"""What a choice of budgets reaches on other examples than it was made from."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_jax.data import budgeting
+from latent_jax.data.packing import Size
+from latent_jax.errors import UserError
+
+COCO = {(640, 480): 45, (480, 640): 20, (640, 427): 15, (427, 640): 8, (500, 375): 7, (612, 612): 3, (640, 360): 2}
+
+
+def coco_sizes(count, kind):
+    """Lengths as of COCO at full size: captioned images, or captions alone with every fourth an image (pretraining)."""
+    rng = np.random.default_rng(0)
+    shapes = rng.permutation([shape for shape, share in COCO.items() for _ in range(share)])
+    sizes = []
+    for number in range(count):
+        width, height = shapes[rng.integers(len(shapes))]
+        merged = round(width / 28) * round(height / 28)
+        words = int(np.clip(rng.normal(13, 3), 8, 40))
+        shown = kind == "chat" or number % 4 == 0
+        sizes.append(Size(merged + 40 + words if shown else words + 19, merged * 4, 16, 588, merged * 4))
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["chat", "pretrain"])
+@pytest.mark.parametrize(("batch_size", "groups"), [(64, 8), (256, 8)])
+def test_budgets_fill_on_a_coco_like_mix(kind, batch_size, groups):
+    budgets = budgeting.choose(coco_sizes(512, kind), batch_size=batch_size, groups=groups, row_tokens=8192)
+    reached = budgeting.fill(coco_sizes(2560, kind)[512:], budgets)
+    pair = sorted((reached["tokens"], reached["patches"]))
+    # Eight groups of eight examples leave no room to even out lengths; the targets are for real batch sizes.
+    small = batch_size // groups < 16
+    assert pair[1] >= (0.92 if small else 0.95) and pair[0] >= (0.85 if small else 0.90), (reached, budgets)
+    assert reached["examples"] >= (0.90 if small else 0.94), (reached, budgets)
+
+
+def test_budgets_of_uniform_images_waste_nothing():
+    rng = np.random.default_rng(0)
+    sizes = [Size(48 + int(rng.integers(8, 20)), 64, 16, 588, 64) for _ in range(300)]
+    budgets = budgeting.choose(sizes, batch_size=64, groups=2, window_patches=64, row_tokens=512)
+    reached = budgeting.fill(sizes * 4, budgets)
+    assert reached["patches"] >= 0.95 and reached["tokens"] >= 0.90 and reached["examples"] >= 0.95
+    assert budgets.image_patches == 64 and budgets.slots == 16 and budgets.examples == 32
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 100)), min_size=1, max_size=20),
+    st.sampled_from([(1, 1, 1), (8, 2, 2), (16, 4, 1)]),
+)
+@settings(max_examples=5, deadline=None)
+def test_chosen_budgets_are_divisible_and_hold_every_sampled_example(lengths, shape):
+    sizes = [Size(tokens, merged * 4, 0, 588, merged * 4) for tokens, merged in lengths]
+    batch_size, groups, micro = shape
+    budgets = budgeting.choose(sizes, batch_size=batch_size, groups=groups, micro=micro, window_patches=16)
+    assert budgets.tokens % 16 == 0 and budgets.patches % 16 == 0 and budgets.image_patches % 16 == 0
+    assert budgets.patches >= budgets.image_patches >= max(size.patches for size in sizes)
+    assert bool(budgets.patches) == any(size.patches for size in sizes), "no room for images that never come"
+    assert budgets.tokens >= max(size.tokens for size in sizes)
+    assert budgets.micro * budgets.groups * budgets.examples == batch_size
+
+
+def test_choosing_needs_examples_and_a_batch_size_that_divides():
+    with pytest.raises(UserError, match="multiple"):
+        budgeting.choose([Size(5, 4, 0, 588, 4)], batch_size=6, groups=4)
+    with pytest.raises(UserError, match="no example"):
+        budgeting.choose([], batch_size=4)
