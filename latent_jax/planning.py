@@ -27,6 +27,7 @@ from latent_jax.ops import attention
 from latent_jax.runtime import flops, hlo, sharding, topologies
 from latent_jax.runtime.roofline import Roofline, roofline
 from latent_jax.settings import PRESETS
+from latent_jax.settling import named_sizes
 from latent_jax.state import Setup, make_setup, new_model
 from latent_jax.step import make_step
 
@@ -183,14 +184,13 @@ def batch_shape(
         merge_unit=vision.merge_unit,
         row_tokens=data.row_tokens,
         slots=slots,
+        named=named_sizes(data),
     )
     if budgets.groups % shards:
         raise UserError(
             f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
             "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
         )
-    named = ("rows", "tokens", "patches", "image_patches")
-    budgets = dataclasses.replace(budgets, **{name: getattr(data, name) for name in named if getattr(data, name)})
     groups = budgets.micro * budgets.groups
     tokens, patches = groups * budgets.rows * budgets.tokens, groups * budgets.patches
     length = min(size.tokens, budgets.tokens)

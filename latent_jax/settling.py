@@ -61,14 +61,14 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
 
 def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int) -> packing.Budgets:
     """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept."""
-    vision, names = model_config.vision, ("rows", "tokens", "patches", "image_patches")
+    vision = model_config.vision
     sample = []
     for source, weight in data:
         count = max(1, round(config.data.sample * weight))
         sample += pipeline.sample_examples(source, layout_of(method, config, codec), codec, count)
     if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
         np.random.default_rng(config.seed).shuffle(sample)
-    budgets = budgeting.choose(
+    return budgeting.choose(
         sample,
         batch_size=config.train.batch_size,
         groups=config.data.groups or shards,
@@ -77,8 +77,13 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         merge_unit=vision.merge_unit,
         row_tokens=config.data.row_tokens,
         slots=method.slots(config),
+        named=named_sizes(config.data),
     )
-    return dataclasses.replace(budgets, **{n: getattr(config.data, n) for n in names if getattr(config.data, n)})
+
+
+def named_sizes(data) -> dict[str, int]:
+    """The sizes of a batch that a config names; 0 where it leaves them to the data."""
+    return {name: getattr(data, name) for name in ("rows", "tokens", "patches", "image_patches")}
 
 
 def layout_of(method, config, codec: Codec):

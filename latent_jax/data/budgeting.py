@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from latent_jax.errors import UserError
 # A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach
 # 95 % and 90 %, so the sample must reach a little more.
 _TARGET_FILL = (0.96, 0.92)
+_ALONE = ("tokens", "patches", "image_patches")  # what one example must fit
 _STREAM = 2048  # examples that a choice of budgets is simulated on
 
 
@@ -27,20 +29,25 @@ def choose(
     merge_unit: int = 4,
     row_tokens: int = 2048,
     slots: int | None = None,
+    named: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Budgets:
     """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
 
     `sample` is in data order (see pipeline.sample_examples). `row_tokens` bounds a row, unless one example is longer.
     Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
-    90 % of the other where the lengths allow that, and then holds the most examples. Raises UserError where
-    batch_size does not divide.
+    90 % of the other where the lengths allow that, and then holds the most examples. What `named` gives of rows,
+    tokens, patches and image_patches (0: nothing) stands, and the rest is chosen for as many examples as that holds.
+    Raises UserError where batch_size does not divide.
     """
     if batch_size % (groups * micro) or batch_size < 1:
         raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
     sizes = [size if isinstance(size, Size) else size_of(size, merge_unit) for size in sample]
     if not sizes:
         raise UserError("no example to choose budgets from")
-    unit = math.lcm(window_patches, merge_unit)
+    unit, named = math.lcm(window_patches, merge_unit), {name: size for name, size in named.items() if size}
+    sizes = [
+        size for size in sizes if all(getattr(size, name) <= named.get(name, math.inf) for name in _ALONE)
+    ] or sizes
     largest = Size(*(max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Size)))
     fixed = dict(
         micro=micro,
@@ -49,17 +56,23 @@ def choose(
         merge_unit=merge_unit,
         slots=largest.slots if slots is None else slots,
         channels=largest.channels,
-        image_patches=_up(largest.image_patches, unit),
+        image_patches=named.get("image_patches", _up(largest.image_patches, unit)),
         **_target(sample),
     )
-    mean = [np.mean([getattr(size, name) for size in sizes]) * fixed["examples"] for name in ("tokens", "patches")]
+    tokens, patches = (np.mean([getattr(size, name) for size in sizes]) for name in ("tokens", "patches"))
+    held = fixed["examples"]
+    if "rows" in named and "tokens" in named:
+        held = min(held, named["rows"] * named["tokens"] / tokens)
+    if "patches" in named and patches:
+        held = min(held, named["patches"] / patches)
     spare = np.arange(0.94, 1.12, 0.04)
-    rows = {pair for more in spare for pair in _rows(mean[0] * more, largest.tokens, row_tokens)}
-    patches = {max(_up(mean[1] * more, unit), _up(largest.patches, unit)) for more in spare}
+    rows = {pair for more in spare for pair in _rows(tokens * held * more, largest.tokens, row_tokens, named)}
+    totals = {max(_up(patches * held * more, unit), _up(largest.patches, unit)) for more in spare}
+    totals = {named["patches"]} if "patches" in named else totals
     # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.
     stream = list(itertools.islice(itertools.cycle(sizes), max(_STREAM, 4 * batch_size)))
     tried = [
-        Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(patches))
+        Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(totals))
     ]
     return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
 
@@ -96,14 +109,18 @@ def _worth(filled: dict[str, float]) -> float:
     return filled["examples"] + sum(pair) / 4 - 10 * shortfall
 
 
-def _rows(tokens: float, longest: int, row_tokens: int) -> Iterator[tuple[int, int]]:
+def _rows(tokens: float, longest: int, row_tokens: int, named: Mapping[str, int]) -> Iterator[tuple[int, int]]:
     """(rows, tokens a row) for a group's need: as few rows as `row_tokens` allows, and a few more, equally long.
 
     Where rows hold few examples, a little more or less length decides how many: lengths step finely there.
     """
+    if "tokens" in named:
+        yield named.get("rows", math.ceil(tokens / named["tokens"])), named["tokens"]
+        return
     limit = max(row_tokens, longest)
     fewest = math.ceil(tokens / limit)
-    for rows in range(fewest, min(fewest + 4, math.ceil(tokens / longest)) + 1):
+    most = min(fewest + 4, math.ceil(tokens / longest))
+    for rows in [named["rows"]] if "rows" in named else range(fewest, most + 1):
         length = max(tokens / rows, longest)
         yield rows, _up(length, 128 if length > 1024 else 64 if length > 512 else 16)
 

@@ -68,3 +68,33 @@ def test_choosing_needs_examples_and_a_batch_size_that_divides():
         budgeting.choose([Size(5, 4, 0, 588, 4)], batch_size=6, groups=4)
     with pytest.raises(UserError, match="no example"):
         budgeting.choose([], batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("named", "examples"),
+    [
+        (dict(rows=1, tokens=4096), 12.8),
+        (dict(rows=2, tokens=2048), 12.8),
+        (dict(tokens=1024), 64),
+        (dict(rows=3), 64),
+        (dict(patches=8192), 8),
+        (dict(rows=4, tokens=4096, patches=8192), 8),
+        (dict(rows=8, tokens=4096), 64),
+    ],
+)
+def test_what_is_named_stands_and_the_rest_goes_with_it(named, examples):
+    sizes = [Size(320, 1024, 0, 588, 1024)] * 64
+    budgets = budgeting.choose(sizes, batch_size=128, groups=2, row_tokens=4096, named={"image_patches": 0, **named})
+    assert all(getattr(budgets, name) == size for name, size in named.items())
+    assert budgets.image_patches == 1024 and budgets.examples == 64
+    if "patches" not in named:
+        assert examples * 0.9 <= budgets.patches / 1024 <= examples * 1.15
+    if not {"rows", "tokens"} <= named.keys():
+        assert examples * 0.9 <= budgets.rows * budgets.tokens / 320 <= examples * 1.3
+
+
+def test_a_named_row_is_filled_by_the_examples_that_fit_it():
+    sizes = [Size(100, 64, 0, 588, 64), Size(400, 512, 0, 588, 512)] * 32
+    budgets = budgeting.choose(sizes, batch_size=64, row_tokens=1024, named=dict(rows=4, tokens=200))
+    assert (budgets.rows, budgets.tokens, budgets.image_patches) == (4, 200, 64)
+    assert 8 * 64 <= budgets.patches <= 10 * 64, budgets
