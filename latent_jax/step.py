@@ -8,6 +8,7 @@ import optax
 
 from latent_jax import optimizer
 from latent_jax.runtime import sharding
+from latent_jax.runtime.devices import compiler_options
 from latent_jax.state import Arrays, Setup, TrainState
 
 
@@ -68,4 +69,5 @@ def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, 
         in_shardings=(places, sharding.batch_sharding(setup.mesh)),
         out_shardings=(places, sharding.replicated(setup.mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(setup.mesh.devices.flat[0].platform),
     )

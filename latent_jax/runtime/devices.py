@@ -33,6 +33,15 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 1 << 30)  # of address space; only what is written to becomes memory
 
 
+def compiler_options(platform: str) -> dict[str, int]:
+    """How a program with many intermediate values is compiled for this platform.
+
+    malloc keeps what a thread frees only in blocks of less than 64 MiB (the arenas of `keep_freed_memory`), so on a CPU
+    the intermediate values lie in several blocks of half of that instead of in one.
+    """
+    return {"xla_multiheap_size_constraint_per_heap": 32 * 2**20} if platform == "cpu" else {}
+
+
 def enable_compile_cache() -> None:
     """Keeps compiled programs between processes, so that a resumed run starts where it left off, not with a compile.
 
