@@ -8,7 +8,8 @@ The first trains the embedded model on the embedded scenes (`make pretrain`): ex
 on empty held-out cells, recall@1 .96 (chance .004), and an imagined probe of 62 % beside 25 over mean latents, in about
 three minutes on two CPU cores. The others start from the published checkpoints and have not been run at full size
 yet. With --config.data.latent_cache=DIR the targets are encoded once, and training runs the encoder on replayed images
-only: one more pass over the images, which pays from the second epoch on.
+only: one more pass over the images, which pays where they are visited often and the encoder is a large share of a step
+(docs/performance.md).
 """
 
 from latent_jax.config import default

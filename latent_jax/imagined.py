@@ -98,7 +98,7 @@ def replaced(latents: Float[Array, "X S Z"], mode: str, head: LatentHead, seed: 
     """What stands in the place of X predicted latents, in the encoder's own space.
 
     own: themselves. zero: zeros. mean: the dataset's mean. noise: draws with the dataset's mean and scale. shuffled:
-    each that of its neighbour in the batch, which a batch of one does not have (UserError).
+    each that of the one half a batch away, since neighbours may ask about one image; a batch of one has none (UserError).
     """
     if mode == "zero":
         return jnp.zeros_like(latents)
@@ -109,7 +109,7 @@ def replaced(latents: Float[Array, "X S Z"], mode: str, head: LatentHead, seed: 
     if mode == "shuffled":
         if len(latents) < 2:
             raise UserError("latents: 'shuffled' with one imagine part in the batch; expected at least two")
-        return jnp.roll(latents, 1, axis=0)
+        return jnp.roll(latents, len(latents) // 2, axis=0)
     return latents
 
 

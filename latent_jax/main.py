@@ -2,7 +2,7 @@
 
     python -m latent_jax.main --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.a.b=value ...]
 
---config    the config file; VARIANT names the model (qwen2_5_vl_3b, _7b, _32b, _72b; none = the embedded tiny one)
+--config    the config file; its docstring names the VARIANTs (models, mostly; none = the embedded tiny one)
 --workdir   where the run leaves everything; run again with the same one, it resumes. Default: runs/NAME[_VARIANT]
 --config.*  changes one setting of the config file
 """

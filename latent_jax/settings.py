@@ -22,7 +22,7 @@ class Model:
     )
     remat: str = option(
         "auto",
-        "what the backward pass recomputes; auto = as much as memory asks for",
+        "what the backward pass recomputes; auto = full on an accelerator, none on a CPU",
         choices=("auto", "none", "full", "dots"),
     )
     attention: str = option(
@@ -126,9 +126,8 @@ class Hosts:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    every: int = option(0, "steps between evaluations while training; 0 = at the end only", low=0, resumable=True)
-    examples: int = option(256, "examples of an evaluation; 0 = the whole split", low=0, resumable=True)
-    split: str = option("validation", "held-out split that a training run is judged on", resumable=True)
+    examples: int = option(256, "records of pretraining's last report; 0 = the whole split", low=0, resumable=True)
+    split: str = option("validation", "held-out split that pretraining reports on at its end", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ r"""Does latent pretraining help? The whole comparison on the embedded world, in
 `pretraining`: the embedded model with nothing more, with captions under the next-token loss alone, and with latent
 pretraining (the same captions, steps and replay); each is then fine-tuned and evaluated on the GQA-like questions and
 on BLINK's four sub-tasks that the embedded world has, over several seeds. `data_efficiency`: the same three, fine-tuned
-on 1, 5, 10, 25 and 100 % of the training records.
+on 1, 5, 10, 25 and 100 % of the training records (its pictures need the extra `plots`).
 
 Every run is a command of its own (printed) in a workdir of its own: killed and started again, the whole goes on where
 it was. It ends with a table of means over seeds with 95 % intervals, in `table.md`; what it was made from is in

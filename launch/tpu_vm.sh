@@ -3,7 +3,9 @@
 #
 #   TPU=NAME ZONE=ZONE launch/tpu_vm.sh --config=configs/pretrain.py:qwen2_5_vl_7b --workdir=DIR [--config.a.b=value ...]
 #
-# Once before: gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='git clone URL latent_jax && ...'
+# Once before: gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
+#   --command='git clone URL latent_jax && cd latent_jax && python3 -m venv .venv && \
+#   .venv/bin/pip install -c constraints.txt -e .[tpu]'
 # DIR must be on a file system that all workers see (a mounted bucket or Filestore).
 # Environment: CHECKOUT (latent_jax) and PYTHON (.venv/bin/python), as seen on the workers; DRY_RUN=1 prints the command.
 set -euo pipefail

@@ -171,7 +171,9 @@ def test_resume_refuses_every_key_that_changes_numbers():
 
 def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():
     old = schema.resolve(schema.default("fake"))
-    assert schema.check_resume(old, schema.resolve(changed(log__every=5, evaluate__every=3, checkpoint__keep=1))) == []
+    assert (
+        schema.check_resume(old, schema.resolve(changed(log__every=5, evaluate__examples=3, checkpoint__keep=1))) == []
+    )
     assert "cosine schedule" in schema.check_resume(old, schema.resolve(changed(train__steps=2000)))[0]
     constant = {"train__schedule": "constant"}
     old = schema.resolve(changed(**constant))

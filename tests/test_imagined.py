@@ -92,7 +92,7 @@ def test_interventions_replace_what_was_predicted():
     assert not np.any(given["zero"]) and given["zero"].shape == own.given.shape
     mean = vlm.model.head.mean[...]
     assert np.array_equal(given["mean"], np.broadcast_to(mean, own.given.shape))
-    assert np.array_equal(given["shuffled"], np.roll(own.latents, 1, axis=0).reshape(-1, D))
+    assert np.array_equal(given["shuffled"], np.roll(own.latents, 2, axis=0).reshape(-1, D))
     standard = (np.asarray(given["noise"]) - mean) / 0.5
     assert abs(standard.mean()) < 0.2 and abs(standard.std() - 1) < 0.1
     assert not np.array_equal(given["noise"], vlm.prompts(CONVERSATIONS, "noise", seed=4).given)

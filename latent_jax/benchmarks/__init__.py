@@ -16,7 +16,8 @@ A benchmark module (gqa, scienceqa, blink, vstar, mmvp, vsp) declares
     correct(parsed, question, scorer)   is it right?
     report(rows, scorer, seed)          {metric: Estimate} of `Row`s, in the official order
 
-and may declare `submission(rows)`: (file name, content) in the form that the official evaluation takes.
+and may declare `submission(rows)`: (file name, content) in the form that the official evaluation takes; and
+`check_choices(content, questions)`, ValueError where a choices file is not these questions': `report` then takes `choices`.
 """
 
 VERSION = 1

@@ -280,6 +280,3 @@ def numbered_batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[
             yield batch, packer.numbers
     if (batch := packer.flush()) is not None:
         yield batch, packer.numbers
-
-
-# ---------------------------------------------------------------- choosing budgets

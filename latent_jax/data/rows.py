@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 
 def bucket(size: int, least: int = 1) -> int:
-    """The smallest of least x 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: few programs, few padding."""
+    """The smallest of least x 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: few programs, little padding."""
     multiple = -(-max(size, 1) // least)
     power = 1 << (multiple - 1).bit_length()
     return least * (power * 3 // 4 if power >= 4 and multiple <= power * 3 // 4 else power)

@@ -2,7 +2,7 @@
 
 [image] question <slots> -> latents = M_phi(hidden states at the slots) -> [image] question <latents> answer: the
 latents stand in the second pass where the slots stood in the first, and the loss is next-token on the answer
-(methods.md section 1.5). Gradients flow through the latents into the first pass. At inference the same happens once,
+(docs/methods.md). Gradients flow through the latents into the first pass. At inference the same happens once,
 before decoding: a content part {"type": "imagine"} without text.
 """
 

@@ -1,4 +1,4 @@
-"""Latent pretraining: predict, from a caption alone, what the frozen encoder sees (methods.md section 1).
+"""Latent pretraining: predict, from a caption alone, what the frozen encoder sees (docs/methods.md).
 
 Loss = w_t next-token(caption) + w_s similarity(z_hat, z) + w_a alignment over the batch, with a share of ordinary
 image -> caption examples (replay) so that the model does not forget how to see.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token loss on the assistant's turns only (methods.md section 6).
+"""Supervised fine-tuning: next-token loss on the assistant's turns only (docs/methods.md).
 
 A record with questions becomes one example whose questions are views of one image: the image is encoded once, each
 question sees the image and itself, and none sees another's answer.

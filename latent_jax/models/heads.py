@@ -12,7 +12,7 @@ EPS = 1e-6
 
 
 class LatentHead(nnx.Module):
-    """Slots, the light MLP M_phi, and the statistics of its targets (latent pretraining, methods.md section 1).
+    """Slots, the light MLP M_phi, and the statistics of its targets (latent pretraining, docs/methods.md).
 
     M_phi is RMSNorm, Linear D to F, GELU, Linear F to Z. It predicts *standardised* latents; `restore` maps them back
     to the encoder's own space before they are used as inputs. `slots` are the embeddings that stand at the slot
