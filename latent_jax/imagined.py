@@ -98,7 +98,7 @@ def replaced(latents: Float[Array, "X S Z"], mode: str, head: LatentHead, seed: 
     """What stands in the place of X predicted latents, in the encoder's own space.
 
     own: themselves. zero: zeros. mean: the dataset's mean. noise: draws with the dataset's mean and scale. shuffled:
-    each that of the one half a batch away, since neighbours may ask about one image; a batch of one has none (UserError).
+    each that of the one half a batch away (neighbours may ask about one image), which a batch of one lacks (UserError).
     """
     if mode == "zero":
         return jnp.zeros_like(latents)
