@@ -4,8 +4,8 @@ r"""Says, from the target's own compiler, whether a training step fits a machine
 
 T is a GPU node (a100-40gb:8, a100-80gb:8, h100-80gb:8, h200-141gb:8, rtx4090-24gb:1), several (a100-80gb:4x8, hosts x
 GPUs) or a TPU slice (v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4). The real step is compiled from shapes alone: no weights,
-tokenizer, dataset, hub or accelerator. Where it does not fit, --tries (default 3) changes are compiled in search of one that
-does. Exit status: 0 with a verdict as the last line, 2 for bad input or a compiler that is not installed.
+tokenizer, dataset, hub or accelerator. Where it does not fit, --tries (default 3) changes are compiled in search of one
+that does. Exit status: 0 with a verdict as the last line, 2 for bad input or a compiler that is not installed.
 """
 
 import argparse

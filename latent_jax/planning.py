@@ -250,7 +250,8 @@ def alternatives(failed: Plan) -> Iterator[tuple[str, object, topologies.Topolog
         if failed.mesh["replica"] > 1:
             change = _with(config, "mesh", replica=1, fsdp=-1)
             yield "--config.mesh.replica=1 --config.mesh.fsdp=-1", change, topology
-        for times in _powers(excess):
+        # Rows that the config names are as large in any number of micro-steps.
+        for times in [] if config.data.rows and config.data.tokens else _powers(excess):
             accumulate = config.train.accumulate * times
             if failed.budgets.examples % times == 0:
                 yield f"--config.train.accumulate={accumulate}", _with(config, "train", accumulate=accumulate), topology

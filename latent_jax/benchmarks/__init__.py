@@ -17,7 +17,7 @@ A benchmark module (gqa, scienceqa, blink, vstar, mmvp, vsp) declares
     report(rows, scorer, seed)          {metric: Estimate} of `Row`s, in the official order
 
 and may declare `submission(rows)`: (file name, content) in the form that the official evaluation takes; and
-`check_choices(content, questions)`: ValueError where a choices file is of other questions. `report` then takes `choices`.
+`check_choices(content, questions)`, a ValueError where a choices file is of other questions: `report` then takes it.
 """
 
 VERSION = 1
