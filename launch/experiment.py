@@ -77,6 +77,7 @@ def draw(workdir: Path, found: list[dict]) -> None:
     """A picture for each benchmark's overall metric: accuracy against training records."""
     from latent_jax.analysis.plots import accuracy_by_examples
 
+    seeds = len({row["seed"] for row in found})
     for metric in ("gqa/accuracy", "blink/macro"):
         curves = {}
         for arm in ARMS:
@@ -86,7 +87,7 @@ def draw(workdir: Path, found: list[dict]) -> None:
                     points[row["records"]].append(row[metric])
             curves[arm] = [(count, statistics.fmean(values), half_width(values)) for count, values in points.items()]
         file = workdir / f"{metric.replace('/', '-')}.png"
-        accuracy_by_examples(curves, file, title=f"{metric} after fine-tuning, mean of seeds")
+        accuracy_by_examples(curves, file, title=f"{metric} after fine-tuning, {seeds} seed(s)")
         print(file)
 
 
@@ -160,10 +161,11 @@ def table(found: list[dict], shares) -> list[str]:
     for share in shares:
         rows = [row for row in found if row["share"] == share]
         seeds = sorted({row["seed"] for row in rows})
+        spread = " ± 95 % interval of the mean" if len(seeds) > 1 else ""
         values = {(row["arm"], row["seed"]): row for row in rows}
         lines += [
             "",
-            f"{share:.0%} of the training records, {len(seeds)} seed(s), percent ± 95 % interval of the mean",
+            f"{share:.0%} of the training records, {len(seeds)} seed(s), percent{spread}",
             "",
         ]
         lines += ["| arm | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
