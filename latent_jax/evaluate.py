@@ -224,10 +224,14 @@ def load_ours(config) -> Backend:
 @functools.lru_cache(maxsize=1)
 def _load(path: str, dtype: str | None):
     """Kept, since an evaluation with interventions asks the same model many times."""
+    import jax
+
     import latent_jax
-    from latent_jax.runtime.devices import enable_compile_cache
+    from latent_jax.runtime.devices import enable_compile_cache, keep_freed_memory
 
     enable_compile_cache()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     return latent_jax.load(path, dtype=dtype)
 
 

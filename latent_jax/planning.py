@@ -250,14 +250,15 @@ def alternatives(failed: Plan) -> Iterator[tuple[str, object, topologies.Topolog
         if failed.mesh["replica"] > 1:
             change = _with(config, "mesh", replica=1, fsdp=-1)
             yield "--config.mesh.replica=1 --config.mesh.fsdp=-1", change, topology
-        # Rows that the config names are as large in any number of micro-steps.
-        for times in [] if config.data.rows and config.data.tokens else _powers(excess):
+        # What the config names is as large in any number of micro-steps.
+        for times in [] if config.data.tokens or config.data.patches else _powers(excess):
             accumulate = config.train.accumulate * times
             if failed.budgets.examples % times == 0:
                 yield f"--config.train.accumulate={accumulate}", _with(config, "train", accumulate=accumulate), topology
         if failed.budgets.tokens > 1024:
             shorter = failed.budgets.tokens // 2
-            yield f"--config.data.tokens={shorter}", _with(config, "data", tokens=shorter), topology
+            words = f"--config.data.rows={failed.budgets.rows} --config.data.tokens={shorter}"
+            yield words, _with(config, "data", rows=failed.budgets.rows, tokens=shorter), topology
     for times in _powers(arguments / (0.6 * failed.memory)):
         larger = topology.times(times)
         yield f"--topology={larger.name}", config, larger

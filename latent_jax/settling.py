@@ -38,8 +38,8 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
     before, now = measured.get("mesh"), dict(mesh.shape)
     if before not in (None, now):
         notes.append(
-            f"the mesh changes from {sizes(before)} to {sizes(now)}: the same data in the same order, but sums are "
-            "added in another order, so that losses agree to rounding and not to the bit"
+            f"the mesh changes from {mesh_words(before)} to {mesh_words(now)}: the same data in the same order, but "
+            "sums are added in another order, so that losses agree to rounding and not to the bit"
         )
     hosts.sync("every host has read config.json")
     if hosts.primary():
@@ -91,6 +91,6 @@ def layout_of(method, config, codec: Codec):
     return lambda record, index: method.layout(record, index, config, codec)
 
 
-def sizes(shape: Mapping[str, int]) -> str:
+def mesh_words(shape: Mapping[str, int]) -> str:
     """`2x4x1` of a mesh's axes."""
     return "x".join(str(size) for size in shape.values())

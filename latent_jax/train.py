@@ -27,7 +27,7 @@ from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_fr
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.settings import PRESETS, mixture
-from latent_jax.settling import layout_of, settle, sizes
+from latent_jax.settling import layout_of, mesh_words, settle
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
 
@@ -216,7 +216,7 @@ def describe(setup: Setup, state: TrainState) -> str:
     trained, frozen = (sum(a.size for a in arrays.values()) for arrays in (state.trainable, state.frozen))
     count = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return (
-        f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {sizes(setup.mesh.shape)} "
+        f"{trained:,} weights trained, {frozen:,} frozen; {setup.dtype.name}; mesh {mesh_words(setup.mesh.shape)} "
         f"(replica x fsdp x tp) of {setup.mesh.devices.flat[0].device_kind}{count}; attention {setup.attention}"
     )
 

@@ -87,6 +87,14 @@ def test_any_mesh_equals_one_device(mesh):
     check_equal((metrics, state), on_one_device())
 
 
+def test_a_step_is_compiled_as_its_platform_wants_it(monkeypatch):
+    monkeypatch.setattr("latent_jax.step.compiler_options", lambda platform: {f"made_up_for_{platform}": 1})
+    config = small.config()
+    setup = make_setup(config, pretrain, small.model_config(), sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="made_up_for_cpu"):
+        make_step(setup).lower(setup.abstract(), small.batches(config, 1)[0]).compile()
+
+
 def test_micro_steps_add_up_to_the_whole_step():
     """The additive terms; the alignment of a batch is among the examples of one micro-step."""
     config = small.config(loss=dict(alignment_weight=0.0), train=dict(accumulate=2))

@@ -143,6 +143,15 @@ def test_a_whole_run_compiles_its_step_once(ran):
     assert all(np.isfinite(line["loss/total"]) and line["skipped"] == 0 for line in lines(directory))
 
 
+def test_a_run_on_a_cpu_keeps_freed_memory(scenes, tmp_path, monkeypatch):
+    def told():
+        raise UserError("asked to keep it")
+
+    monkeypatch.setattr(train, "keep_freed_memory", told)
+    with pytest.raises(UserError, match="asked to keep it"):
+        train.run(on_eight(scenes), tmp_path / "run")
+
+
 def test_a_run_leaves_a_table_of_its_parameters(ran):
     _, directory, _ = ran
     table = (directory / "parameters.txt").read_text()

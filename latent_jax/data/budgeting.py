@@ -15,7 +15,6 @@ from latent_jax.errors import UserError
 # A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach
 # 95 % and 90 %, so the sample must reach a little more.
 _TARGET_FILL = (0.96, 0.92)
-_ALONE = ("tokens", "patches", "image_patches")  # what one example must fit
 _STREAM = 2048  # examples that a choice of budgets is simulated on
 
 
@@ -37,7 +36,7 @@ def choose(
     Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
     90 % of the other where the lengths allow that, and then holds the most examples. What `named` gives of rows,
     tokens, patches and image_patches (0: nothing) stands, and the rest is chosen for as many examples as that holds.
-    Raises UserError where batch_size does not divide.
+    Raises UserError where batch_size does not divide, where there is no example, or none that fits what is named.
     """
     if batch_size % (groups * micro) or batch_size < 1:
         raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
@@ -45,9 +44,7 @@ def choose(
     if not sizes:
         raise UserError("no example to choose budgets from")
     unit, named = math.lcm(window_patches, merge_unit), {name: size for name, size in named.items() if size}
-    sizes = [
-        size for size in sizes if all(getattr(size, name) <= named.get(name, math.inf) for name in _ALONE)
-    ] or sizes
+    sizes = _fitting(sizes, named)
     largest = Size(*(max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Size)))
     fixed = dict(
         micro=micro,
@@ -59,22 +56,39 @@ def choose(
         image_patches=named.get("image_patches", _up(largest.image_patches, unit)),
         **_target(sample),
     )
-    tokens, patches = (np.mean([getattr(size, name) for size in sizes]) for name in ("tokens", "patches"))
-    held = fixed["examples"]
-    if "rows" in named and "tokens" in named:
-        held = min(held, named["rows"] * named["tokens"] / tokens)
-    if "patches" in named and patches:
-        held = min(held, named["patches"] / patches)
-    spare = np.arange(0.94, 1.12, 0.04)
-    rows = {pair for more in spare for pair in _rows(tokens * held * more, largest.tokens, row_tokens, named)}
-    totals = {max(_up(patches * held * more, unit), _up(largest.patches, unit)) for more in spare}
-    totals = {named["patches"]} if "patches" in named else totals
     # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.
     stream = list(itertools.islice(itertools.cycle(sizes), max(_STREAM, 4 * batch_size)))
+    held = fixed["examples"] * fill(stream, _bounds(largest, row_tokens, unit, fixed, named))["examples"]
+    mean = np.mean([size.patches for size in sizes])
+    spare = np.arange(0.94, 1.12, 0.04)
+    rows = {pair for more in spare for pair in _rows(stream, held, more, largest.tokens, row_tokens, named)}
+    patches = {max(_up(mean * held * more, unit), _up(largest.patches, unit)) for more in spare}
+    if "patches" in named:
+        patches = {named["patches"]}
     tried = [
-        Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(totals))
+        Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(patches))
     ]
     return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
+
+
+def _fitting(sizes: Sequence[Size], named: Mapping[str, int]) -> list[Size]:
+    """The examples that fit what is named. Raises UserError where none does."""
+    fitting = list(sizes)
+    for name in ("tokens", "patches", "image_patches"):
+        least, fitting = fitting, [size for size in fitting if getattr(size, name) <= named.get(name, math.inf)]
+        if not fitting:
+            raise UserError(
+                f"config.data.{name}: got {named[name]}, expected at least {min(getattr(s, name) for s in least)}, "
+                "what the smallest sampled example needs"
+            )
+    return fitting
+
+
+def _bounds(largest: Size, row_tokens: int, unit: int, fixed: Mapping, named: Mapping[str, int]) -> Budgets:
+    """What is named, and beside it more room than any choice will have: a row an example, every image the largest."""
+    tokens = max(row_tokens, largest.tokens) if "rows" in named else largest.tokens
+    room = dict(rows=fixed["examples"], tokens=tokens, patches=fixed["examples"] * _up(largest.patches, unit))
+    return Budgets(**{name: named.get(name, size) for name, size in room.items()}, **fixed)
 
 
 def _target(sample: Sequence[Example | Size]) -> dict[str, int | str]:
@@ -93,7 +107,8 @@ def fill(sizes: Iterable[Size], budgets: Budgets) -> dict[str, float]:
         if plan.place(size) is None:
             steps.append(used)
             plan, used = FirstFit(budgets), np.zeros(3)
-            plan.place(size)
+            if plan.place(size) is None:
+                raise ValueError(f"{size} does not fit {budgets}")
         used = used + (size.tokens, size.patches, 1)
     whole = np.array([budgets.rows * budgets.tokens, max(budgets.patches, 1), budgets.examples])
     mean = np.mean(steps or [used], axis=0) / (whole * budgets.micro * budgets.groups)
@@ -109,20 +124,35 @@ def _worth(filled: dict[str, float]) -> float:
     return filled["examples"] + sum(pair) / 4 - 10 * shortfall
 
 
-def _rows(tokens: float, longest: int, row_tokens: int, named: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-    """(rows, tokens a row) for a group's need: as few rows as `row_tokens` allows, and a few more, equally long.
+def _rows(
+    stream: Sequence[Size], examples: float, more: float, longest: int, row_tokens: int, named: Mapping[str, int]
+) -> Iterator[tuple[int, int]]:
+    """(rows, tokens a row) for `more` times that many examples: as few rows as `row_tokens` allows, and a few more of
+    equal length.
 
     Where rows hold few examples, a little more or less length decides how many: lengths step finely there.
     """
     if "tokens" in named:
-        yield named.get("rows", math.ceil(tokens / named["tokens"])), named["tokens"]
+        some = [size.tokens for size in stream[: math.ceil(examples * more)]]
+        yield named.get("rows", _opened(some, named["tokens"])), named["tokens"]
         return
+    tokens = np.mean([size.tokens for size in stream]) * examples * more
     limit = max(row_tokens, longest)
     fewest = math.ceil(tokens / limit)
     most = min(fewest + 4, math.ceil(tokens / longest))
     for rows in [named["rows"]] if "rows" in named else range(fewest, most + 1):
-        length = max(tokens / rows, longest)
+        length = min(max(tokens / rows, longest), limit)
         yield rows, _up(length, 128 if length > 1024 else 64 if length > 512 else 16)
+
+
+def _opened(lengths: Sequence[int], tokens: int) -> int:
+    """Rows of this many tokens that first fit opens for these examples."""
+    room: list[int] = []
+    for length in lengths:
+        row = next((row for row, left in enumerate(room) if left >= length), len(room))
+        room += [tokens] if row == len(room) else []
+        room[row] -= length
+    return len(room)
 
 
 def _up(value: float, unit: int) -> int:

@@ -12,11 +12,14 @@ POLICIES = {
 }
 
 
-def rematerialise(body: Callable, policy: str) -> Callable:
-    """Wraps a scan body. `none` keeps everything, `dots` keeps matmul outputs, `full` only the layer's input."""
+def rematerialise(body: Callable, policy: str, looped: bool = True) -> Callable:
+    """Wraps a scan body. `none` keeps everything, `dots` keeps matmul outputs, `full` only the layer's input.
+
+    `looped`: of a scan over more than one layer, which stays a loop in the compiled program.
+    """
     if policy == "none":
         if not partition.gathers():
             return body
-        return jax.checkpoint(body, policy=partition.keep_all_but_gathered, prevent_cse=False)
-    # prevent_cse is for bodies outside a scan; inside, the loop already keeps the recomputation apart.
-    return jax.checkpoint(body, policy=POLICIES[policy], prevent_cse=False)
+        return jax.checkpoint(body, policy=partition.keep_all_but_gathered, prevent_cse=not looped)
+    # prevent_cse is for bodies outside a loop; inside, the loop already keeps the recomputation apart.
+    return jax.checkpoint(body, policy=POLICIES[policy], prevent_cse=not looped)

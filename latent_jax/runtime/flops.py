@@ -24,6 +24,7 @@ PEAKS = (
     ("H100 NVL", 835e12),
     ("H100", 989e12),
     ("H200", 989e12),
+    ("RTX 4090 ", None),  # the slower ones: D, Laptop GPU
     ("RTX 4090", 165.2e12),
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),

@@ -31,7 +31,7 @@ class Chip:
       kind: the name that jax gives it, for `flops.peak`.
       memory: its bytes; of a GPU, as the driver reports them.
       bandwidth: bytes a second of its memory.
-      link: bytes a second that one device can send to the others of its host or slice (NVLink; ICI, all links).
+      link: bytes a second that one device can send to the others of its host or slice (NVLink or PCIe; ICI, all links).
       network: bytes a second of one device's share of the network between hosts; 0 where a slice is all there is.
     """
 
@@ -43,7 +43,7 @@ class Chip:
 
 
 # One 200 Gb/s adapter for each A100, 400 Gb/s for each H100 and H200: DGX and the clouds' 8-GPU machines. A card of a
-# workstation has PCIe 4.0 x16 and, to the next one, 10 Gb/s.
+# workstation has PCIe 4.0 x16 to its neighbours and 10 Gb/s to the next workstation.
 GPUS = {
     "a100-40gb": Chip("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1.555e12, 300e9, 25e9),
     "a100-80gb": Chip("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2.039e12, 300e9, 25e9),
@@ -198,7 +198,8 @@ def _quiet():
 
 @dataclasses.dataclass(frozen=True)
 class Cores:
-    """What the compiler asks of a kind of GPU: KiB of shared memory a core, MiB of second-level cache, GHz."""
+    """What the compiler asks of a kind of GPU. Of a core: arithmetic units, most threads, KiB of shared memory; of all:
+    MiB of second-level cache, GHz."""
 
     capability: tuple[int, int]
     count: int

@@ -58,7 +58,7 @@ def inputs():
     return Block(), jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2), (8, 1, 1), (2, 1, 4)], ids=str)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gathered_by_layer_the_numbers_are_those_of_one_device(sizes, remat):
     (value, gradients), _ = on_mesh(sizes, remat)

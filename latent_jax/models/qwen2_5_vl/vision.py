@@ -126,6 +126,9 @@ class VisionTower(nnx.Module):
         angles = axial(patch_positions, self.config.head_size)
         windowed = max(self.config.window_patches, self.config.merge_unit)
 
+        full = set(self.config.fullatt_block_indexes)
+        repeats, runs = _pattern([layer in full for layer in range(self.config.depth)])
+
         def blocks_of(is_full: bool):
             group = (patch_image, image_patches) if is_full else (patch_window, windowed)
 
@@ -133,11 +136,9 @@ class VisionTower(nnx.Module):
                 x = partition.rows(partition.gather_module(block)(x, angles, *group, self.attention))
                 return x, (x if collect else None)
 
-            return rematerialise(body, remat)
+            return rematerialise(body, remat, looped=repeats > 1)
 
         bodies = {is_full: blocks_of(is_full) for is_full in (False, True)}
-        full = set(self.config.fullatt_block_indexes)
-        repeats, runs = _pattern([layer in full for layer in range(self.config.depth)])
 
         def turn(x, blocks):
             layers, start = [], 0

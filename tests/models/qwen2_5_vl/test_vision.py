@@ -1,5 +1,6 @@
 """The vision tower alone against transformers': every block, several images, padding, video frames."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from latent_jax import generate
 from latent_jax.data.layout import Image, Layout, Video
+from latent_jax.models.qwen2_5_vl.rope import axial
+from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from tests.reference import ours
 from tests.reference.checkpoints import saved
 from tests.reference.conversations import picture, user
@@ -93,6 +97,28 @@ def test_slices_of_a_clip_do_not_see_each_other():
     merged = 6 * 8 // 4
     np.testing.assert_array_equal(outs[0][:merged], outs[1][:merged])
     assert (np.abs(outs[0] - outs[1])[merged : 2 * merged].max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("full", [(), (0, 1, 2, 3, 4, 5), (2, 5), (1, 3, 5), (1, 2)], ids=str)
+def test_any_pattern_of_layers_in_any_loop_equals_layer_after_layer(full):
+    loaded = ours.load(saved("as_published")[0])
+    config = dataclasses.replace(loaded.model.config.vision, depth=6, fullatt_block_indexes=full)
+    tower, made = VisionTower(config, nnx.Rngs(0), jnp.float32), rows(loaded, PICTURES)[1]
+    names = ("patches", "patch_positions", "patch_window", "patch_image")
+    patches, positions, window, image = (jnp.asarray(made.batch[name]) for name in names)
+    mean, std = loaded.model.config.image_mean, loaded.model.config.image_std
+    x, outputs = tower.embed(patches, mean, std), []
+    for layer in range(6):
+        block = jax.tree.map(lambda weight: weight[layer], tower.blocks)  # noqa: B023
+        group = (image, made.image_patches) if layer in full else (window, config.window_patches)
+        x = block(x, axial(positions, config.head_size), *group, "reference")
+        outputs.append(x)
+    for unroll in (1, 2, 3, 8):
+        found = tower(
+            patches, positions, window, image, image_patches=made.image_patches, mean=mean, std=std, unroll=unroll,
+            collect=True,
+        )  # fmt: skip
+        np.testing.assert_allclose(found[2], jnp.stack(outputs), rtol=1e-5, atol=1e-5 * np.abs(x).max())
 
 
 def test_rematerialising_changes_no_gradient():
