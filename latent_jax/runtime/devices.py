@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import warnings
 
 import jax
 
@@ -37,7 +38,8 @@ def compiler_options(platform: str) -> dict[str, int]:
     """How a program with many intermediate values is compiled for this platform.
 
     malloc keeps what a thread frees only in blocks of less than 64 MiB (the arenas of `keep_freed_memory`), so on a CPU
-    the intermediate values lie in several blocks of half of that instead of in one.
+    the intermediate values lie in several blocks of half of that instead of in one. XLA cannot keep such a program in a
+    cache: it is compiled at every start.
     """
     return {"xla_multiheap_size_constraint_per_heap": 32 * 2**20} if platform == "cpu" else {}
 
@@ -45,9 +47,10 @@ def compiler_options(platform: str) -> dict[str, int]:
 def enable_compile_cache() -> None:
     """Keeps compiled programs between processes, so that a resumed run starts where it left off, not with a compile.
 
-    They lie in files.cache_directory()/xla. A cache that was chosen for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a
+    They lie in files.cache_directory()/xla, all but a CPU's training step (`compiler_options`). A cache that was chosen for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a
     directory that cannot be made is done without.
     """
+    warnings.filterwarnings("ignore", message=".*Multiple temp buffer allocations")
     if jax.config.jax_compilation_cache_dir:
         return
     directory = files.cache_directory() / "xla"
