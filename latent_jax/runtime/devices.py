@@ -47,8 +47,8 @@ def compiler_options(platform: str) -> dict[str, int]:
 def enable_compile_cache() -> None:
     """Keeps compiled programs between processes, so that a resumed run starts where it left off, not with a compile.
 
-    They lie in files.cache_directory()/xla, all but a CPU's training step (`compiler_options`). A cache that was chosen for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a
-    directory that cannot be made is done without.
+    They lie in files.cache_directory()/xla, all but a CPU's training step (`compiler_options`). A cache that was chosen
+    for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a directory that cannot be made is done without.
     """
     warnings.filterwarnings("ignore", message=".*Multiple temp buffer allocations")
     if jax.config.jax_compilation_cache_dir:
