@@ -26,8 +26,7 @@ from latent_jax.models.weights import Structure
 from latent_jax.ops import attention
 from latent_jax.runtime import flops, hlo, sharding, topologies
 from latent_jax.runtime.roofline import Roofline, roofline
-from latent_jax.settings import PRESETS
-from latent_jax.settling import named_sizes
+from latent_jax.settings import PRESETS, named_sizes
 from latent_jax.state import Setup, make_setup, new_model
 from latent_jax.step import make_step
 

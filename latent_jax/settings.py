@@ -154,6 +154,11 @@ class Config:
     log: Log = Log()
 
 
+def named_sizes(data) -> dict[str, int]:
+    """The sizes of a batch that a config names; 0 where it leaves them to the data."""
+    return {name: getattr(data, name) for name in ("rows", "tokens", "patches", "image_patches")}
+
+
 def mixture(name: str) -> tuple[tuple[str, float], ...]:
     """'a:0.8,b:0.2' -> (('a', 0.8), ('b', 0.2)), weights summing to 1; a plain name has weight 1.
 

@@ -13,6 +13,7 @@ from latent_jax.data import budgeting, packing, pipeline
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
 from latent_jax.runtime import hosts, sharding
+from latent_jax.settings import named_sizes
 
 
 def settle(config, directory: Path, method, codec: Codec, model_config, data, mesh: jax.sharding.Mesh):
@@ -79,11 +80,6 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         slots=method.slots(config),
         named=named_sizes(config.data),
     )
-
-
-def named_sizes(data) -> dict[str, int]:
-    """The sizes of a batch that a config names; 0 where it leaves them to the data."""
-    return {name: getattr(data, name) for name in ("rows", "tokens", "patches", "image_patches")}
 
 
 def layout_of(method, config, codec: Codec):
