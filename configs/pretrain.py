@@ -5,8 +5,8 @@ r"""Latent pretraining: captions teach the language model to predict its own vis
         --config.data.name=coco_captions --config.data.path=PREPARED
 
 The first trains the embedded model on the embedded scenes (`make pretrain`): expect a cosine of .89 on informative and
-on empty held-out cells, recall@1 .96 (chance .004), and an imagined probe of 62 % beside 25 over mean latents, in about
-three minutes on two CPU cores. The others start from the published checkpoints and have not been run at full size
+on empty held-out cells, recall@1 .96 (chance .004), and an imagined probe of 62 % beside 25 over mean latents, in a
+minute on two CPU cores. The others start from the published checkpoints and have not been run at full size
 yet. With --config.data.latent_cache=DIR the targets are encoded once, and training runs the encoder on replayed images
 only: one more pass over the images, which pays where they are visited often and the encoder is a large share of a step
 (docs/performance.md).
