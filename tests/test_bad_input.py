@@ -117,10 +117,13 @@ def test_broken_records_are_skipped_and_counted(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"images": [b"<html>"]}, "no usable record among 20: record 'r0'"),
-        ({"captions": [LONG]}, "no usable record: record 'r0': "),
+        (
+            {"captions": [LONG]},
+            "config.data.tokens: got 64, expected at least 168, what the smallest sampled example needs",
+        ),
     ],
 )
-def test_nothing_but_broken_records_is_an_error_that_names_one(change, message, tmp_path, monkeypatch):
+def test_nothing_but_broken_records_is_an_error_that_says_why(change, message, tmp_path, monkeypatch):
     broken = records(20, **{f"r{index}": change for index in range(20)})
     config = small.config(data=dict(tokens=64, rows=1))
     assert error(config, tmp_path / "run", monkeypatch, broken).startswith(message)
