@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from latent_jax.data.layout import Example
-from latent_jax.data.packing import Budgets, FirstFit, Size, size_of
+from latent_jax.data.packing import Budgets, FirstFit, Size, first_fit, size_of
 from latent_jax.errors import UserError
 
 # A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach
@@ -134,7 +134,8 @@ def _rows(
     """
     if "tokens" in named:
         some = [size.tokens for size in stream[: math.ceil(examples * more)]]
-        yield named.get("rows", _opened(some, named["tokens"])), named["tokens"]
+        opened = 1 + max(row for row, _ in first_fit(some, named["tokens"]))
+        yield named.get("rows", opened), named["tokens"]
         return
     tokens = np.mean([size.tokens for size in stream]) * examples * more
     limit = max(row_tokens, longest)
@@ -143,16 +144,6 @@ def _rows(
     for rows in [named["rows"]] if "rows" in named else range(fewest, most + 1):
         length = min(max(tokens / rows, longest), limit)
         yield rows, _up(length, 128 if length > 1024 else 64 if length > 512 else 16)
-
-
-def _opened(lengths: Sequence[int], tokens: int) -> int:
-    """Rows of this many tokens that first fit opens for these examples."""
-    room: list[int] = []
-    for length in lengths:
-        row = next((row for row, left in enumerate(room) if left >= length), len(room))
-        room += [tokens] if row == len(room) else []
-        room[row] -= length
-    return len(room)
 
 
 def _up(value: float, unit: int) -> int:

@@ -169,6 +169,18 @@ class FirstFit:
         return None
 
 
+def first_fit(lengths: Iterable[int], tokens: int) -> list[tuple[int, int]]:
+    """(row, first token) of each length in turn, in as many rows of `tokens` as it takes: the first that has room."""
+    room: list[int] = []
+    places = []
+    for length in lengths:
+        row = next((row for row, left in enumerate(room) if left >= length), len(room))
+        room += [tokens] if row == len(room) else []
+        places.append((row, tokens - room[row]))
+        room[row] -= length
+    return places
+
+
 def _build(placed: Sequence[tuple[Drawn, int, int, int]], budgets: Budgets) -> tuple[Batch, np.ndarray]:
     """The arrays of one step, and which example stands in which slot."""
     lead = budgets.micro * budgets.groups

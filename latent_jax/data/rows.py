@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from latent_jax.data.layout import Example
+from latent_jax.data.packing import first_fit
 
 # Least sizes of a compiled program; larger ones grow by a third or a half, see bucket.
 TOKENS, PATCHES = 32, 64
@@ -59,14 +60,9 @@ def packed(examples: Sequence[Example], config) -> Rows:
 
 def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
     """(row, first token) of every example in rows of T tokens; the longest come first, short ones fill what is left."""
-    room, places = [], [(0, 0)] * len(examples)
-    for number in sorted(range(len(examples)), key=lambda number: -len(examples[number].tokens)):
-        size = len(examples[number].tokens)
-        row = next((row for row, left in enumerate(room) if left >= size), len(room))
-        room += [T] if row == len(room) else []
-        places[number] = (row, T - room[row])
-        room[row] -= size
-    return places
+    longest_first = sorted(range(len(examples)), key=lambda number: -len(examples[number].tokens))
+    places = first_fit((len(examples[number].tokens) for number in longest_first), T)
+    return [place for _, place in sorted(zip(longest_first, places, strict=True))]
 
 
 def _rows(

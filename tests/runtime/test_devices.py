@@ -66,6 +66,14 @@ def test_a_second_process_finds_the_first_ones_program(tmp_path):
     assert listings[0] and listings[0] == listings[1]
 
 
+def faults(code: str, **environment) -> tuple[int, int]:
+    """The two numbers that a process of its own prints: page faults of the first round and of later ones."""
+    environment |= {"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True, capture_output=True)
+    first, later = map(int, run.stdout.split())
+    return first, later
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_is_kept_where_asked(kept):
     # Blocks of 40 MB lie above every threshold that malloc moves by itself: written once, freed, and written again.
@@ -81,9 +89,7 @@ def test_freed_memory_is_kept_where_asked(kept):
         "print(first, max(later))\n"
     )
     # numpy asks for huge pages otherwise, of which 40 MB are a handful.
-    environment = {"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu", "NUMPY_MADVISE_HUGEPAGE": "0"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True, capture_output=True)
-    first, later = map(int, run.stdout.split())
+    first, later = faults(code, NUMPY_MADVISE_HUGEPAGE="0")
     if not kept and later < first / 2:
         pytest.skip("this C library keeps blocks of 40 MB by itself")
     assert later < first / 100 if kept else later > first / 2
@@ -111,9 +117,7 @@ def test_intermediate_values_lie_in_blocks_that_are_kept(divided):
         "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
         "print(faults[0], min(faults[1:]))\n"
     )
-    environment = {"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu", "PATH": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True, capture_output=True)
-    first, later = map(int, run.stdout.split())
+    first, later = faults(code, PATH="")
     if not divided and later < first / 2:
         pytest.skip("this C library keeps blocks of any size")
     assert later < first / 20 if divided else later > first / 2, (first, later)
