@@ -3,7 +3,15 @@
 `latent_jax.load(path)` gives a model that speaks, sees and imagines; see latent_jax/vlm.py.
 """
 
+import sys as _sys
+
 __version__ = "0.1.0"
+
+# `python -m latent_jax.NAME` imports this package first, with -m in the place of the program's name.
+if _sys.argv[:1] == ["-m"] and any(word.startswith("latent_jax.") for word in _sys.orig_argv):
+    from latent_jax.command import begin_command as _begin
+
+    _begin()
 
 
 def load(path="", dtype=None, devices=None):

@@ -17,17 +17,18 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
-import sys
 from pathlib import Path
 
+from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 
 TIMED = ("step", "data", "load", "generate")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m latent_jax.bench", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m latent_jax.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--what", required=True, choices=("parity", *TIMED), help="what to measure")
     parser.add_argument("--model", default="", metavar="DIR", help="HF directory or hub id; default: the tiny model")
     parser.add_argument("--against", default="torch", choices=("torch", "none"), help="what ours is compared with")
@@ -43,11 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--profile", type=Path, metavar="DIR", help="step, generate: write one run's profile")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write every number, as JSON")
     options = parser.parse_args(arguments)
-    try:
-        raise SystemExit(measure_parity(options) if options.what == "parity" else measure_time(options))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    raise SystemExit(measure_parity(options) if options.what == "parity" else measure_time(options))
 
 
 def measure_time(options: argparse.Namespace) -> int:

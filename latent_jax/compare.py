@@ -6,14 +6,13 @@ The difference of the shares of right answers (b - a) with a 95 % interval from 
 exact McNemar test, which takes questions for independent; and where they share images a sign-flip test over images.
 """
 
-import argparse
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from latent_jax import predictions
+from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 
 RESAMPLES = 10_000
@@ -111,18 +110,15 @@ def table(found: dict) -> list[str]:
     return lines
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """The command: exits with status 2 and one line on standard error for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m latent_jax.compare", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m latent_jax.compare", description=__doc__.partition("\n")[0])
     parser.add_argument("--a", required=True, type=Path, metavar="DIR", help="workdir of an evaluation")
     parser.add_argument("--b", required=True, type=Path, metavar="DIR", help="another one, of the same questions")
     parser.add_argument("--seed", type=int, default=0, help="of resampling")
     options = parser.parse_args(arguments)
-    try:
-        print("\n".join(table(compare(options.a, options.b, options.seed))))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    print("\n".join(table(compare(options.a, options.b, options.seed))))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,21 @@
 The output loads in stock transformers with no remote code. It keeps the source checkpoint's dtypes unless told.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.workdir import CHECKPOINTS, Run, is_workdir, split
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """The command: exits with status 2 and one line on standard error for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m latent_jax.convert", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m latent_jax.convert", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -36,11 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint step of the workdir; default: the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source checkpoint's")
     options = parser.parse_args(arguments)
-    try:
-        convert(options.checkpoint, options.output, options.step, options.dtype)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    convert(options.checkpoint, options.output, options.step, options.dtype)
 
 
 def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:

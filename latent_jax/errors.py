@@ -1,4 +1,6 @@
-"""The one exception that stands for a mistake in what the user gave us."""
+"""The one exception that stands for a mistake in what the user gave us, and messages in one line."""
+
+import os
 
 
 class UserError(Exception):
@@ -6,3 +8,21 @@ class UserError(Exception):
 
     Commands print it as `error: MESSAGE` on standard error and exit with status 2.
     """
+
+
+class Stopped(SystemExit):
+    """A run that a signal ended in order, after it saved what it had: status 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+def one_line(problem: BaseException) -> str:
+    """The message without line breaks: messages of libraries may have many."""
+    return " ".join(str(problem).split())
+
+
+def os_error(problem: OSError) -> str:
+    """One line for what the operating system refused: the file first, where it is known."""
+    reason = problem.strerror or one_line(problem) or type(problem).__name__
+    return f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason

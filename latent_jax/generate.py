@@ -4,10 +4,8 @@ python -m latent_jax.generate --model=DIR [--image=FILE ...] [--imagine=TEXT] --
         [--max_new_tokens=N] [--temperature=T] [--top_p=P] [--seed=N]
 """
 
-import argparse
 import functools
 import math
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from latent_jax.command import Parser, command
 from latent_jax.data.layout import Example
 from latent_jax.data.rows import Rows, bucket, given_features, packed
 from latent_jax.data.rows import one_per_row as one_per_row
@@ -272,9 +271,10 @@ def embed(model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"]
     return model.embed(batch["tokens"], batch["feature_index"], features)
 
 
+@command
 def main() -> None:
     """The command. Only the answer goes to standard output."""
-    parser = argparse.ArgumentParser(prog="python -m latent_jax.generate", description="Answers one prompt.")
+    parser = Parser(prog="python -m latent_jax.generate", description="Answers one prompt.")
     parser.add_argument("--model", required=True, help="HF checkpoint directory, hub id or workdir; '' = the tiny one")
     parser.add_argument("--image", action="append", default=[], help="image file; may be given several times")
     parser.add_argument("--imagine", action="append", default=[], help="description of an image to imagine")
@@ -285,19 +285,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling: the same one gives the same answer")
     parser.add_argument("--dtype", default=None, help="float32 or bfloat16; default: the checkpoint's")
     arguments = parser.parse_args()
-    try:
-        import latent_jax
+    import latent_jax
 
-        enable_compile_cache()
-        vlm = latent_jax.load(arguments.model, dtype=arguments.dtype)
-        content = [{"type": "image", "image": file} for file in arguments.image]
-        content += [{"type": "imagine", "text": text} for text in arguments.imagine]
-        content += [{"type": "text", "text": arguments.prompt}]
-        options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-        print(vlm.generate([[{"role": "user", "content": content}]], **options)[0])
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    enable_compile_cache()
+    vlm = latent_jax.load(arguments.model, dtype=arguments.dtype)
+    content = [{"type": "image", "image": file} for file in arguments.image]
+    content += [{"type": "imagine", "text": text} for text in arguments.imagine]
+    content += [{"type": "text", "text": arguments.prompt}]
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    print(vlm.generate([[{"role": "user", "content": content}]], **options)[0])
 
 
 if __name__ == "__main__":

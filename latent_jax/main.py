@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from latent_jax import config as schema
 from latent_jax.benchmarks.settings import Evaluation
+from latent_jax.command import command
 from latent_jax.errors import UserError
 from latent_jax.settings import Config
 
@@ -49,20 +50,17 @@ def parse(arguments: list[str]) -> tuple[Config | Evaluation, Path]:
     return schema.resolve(parsed.config), Path(parsed.workdir or _default_workdir(path))
 
 
+@command
 def main() -> None:
     """The command: exits with status 2 and one line on standard error for bad input."""
-    try:
-        config, workdir = parse(sys.argv[1:])
-        # grain asks absl for its own flags, which this program leaves at their defaults.
-        flags.FLAGS.mark_as_parsed()
-        # Only now: a typo is answered at once, not after jax has started its backend.
-        job, hosts = (importlib.import_module(f"latent_jax.{name}") for name in (config.job, "runtime.hosts"))
-        # An evaluation is one host's work and has no such section.
-        with hosts.joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
-            job.run(config, workdir)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    config, workdir = parse(sys.argv[1:])
+    # grain asks absl for its own flags, which this program leaves at their defaults.
+    flags.FLAGS.mark_as_parsed()
+    # Only now: a typo is answered at once, not after jax has started its backend.
+    job, hosts = (importlib.import_module(f"latent_jax.{name}") for name in (config.job, "runtime.hosts"))
+    # An evaluation is one host's work and has no such section.
+    with hosts.joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
+        job.run(config, workdir)
 
 
 def _split(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

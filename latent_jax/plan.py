@@ -12,32 +12,30 @@ import argparse
 import math
 import sys
 
+from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 from latent_jax.runtime import topologies
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m latent_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", required=True, metavar="T", help="the machine")
     parser.add_argument("--tries", type=int, default=3, metavar="N", help="changes tried where it does not fit")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        topology = topologies.parse(options.topology)
-        topologies.start()  # before anything else imports jax
-        from latent_jax import planning
-        from latent_jax.main import parse
+    topology = topologies.parse(options.topology)
+    topologies.start()  # before anything else imports jax
+    from latent_jax import planning
+    from latent_jax.main import parse
 
-        config, _ = parse(rest)
-        found = planning.plan(config, topology)
-        print("\n".join(report(found)), flush=True)
-        if not found.fits:
-            print("\n".join(advice(found, options.tries)), flush=True)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    config, _ = parse(rest)
+    found = planning.plan(config, topology)
+    print("\n".join(report(found)), flush=True)
+    if not found.fits:
+        print("\n".join(advice(found, options.tries)), flush=True)
     print(f"verdict: {'fits' if found.fits else 'does not fit'}")
     return 0
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from latent_jax.command import Parser, command
 from latent_jax.data import scenes
 from latent_jax.data.builders.build import BUILDERS, MAX_BAD, build, build_scenes, build_scenes_benchmark
 from latent_jax.errors import UserError
@@ -44,9 +45,10 @@ def prepare(flags: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="python -m latent_jax.prepare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m latent_jax.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, choices=[*BUILDERS, *_MADE])
     parser.add_argument("--raw", metavar="DIR", help="the dataset's official files")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the prepared dataset shall appear")
@@ -64,11 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world.add_argument("--placement", choices=["grid", "free"], default="grid")
     world.add_argument("--objects", type=int, nargs=2, default=[2, 4], metavar=("LEAST", "MOST"))
     world.add_argument("--striped", type=float, default=0.0, metavar="SHARE", help="share of striped things")
-    try:
-        prepare(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prepare(parser.parse_args(arguments))
     return 0
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from data.builders.official import coco_folder, picture, run, write_captions
+from data.builders.official import coco_folder, picture, run, status_of, write_captions
 
 from latent_jax import prepare
 from latent_jax.data import scenes, sources
@@ -195,7 +195,7 @@ def test_wrong_folders_and_flags(tmp_path, capsys):
         assert status == 2 and f"error: {tmp_path / 'nowhere'}: no such folder" in err
         status, err = run(capsys, dataset, tmp_path / "empty", tmp_path / "out")
         assert status == 2 and f"error: {tmp_path / 'empty'}: no " in err
-        assert prepare.main([f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]) == 2
+        assert status_of(f"--dataset={dataset}", f"--output={tmp_path / 'out'}") == 2
         assert "needs --raw=DIR" in capsys.readouterr().err
     coco_folder(tmp_path / "raw", 2)
     status, err = run(capsys, "coco_captions", tmp_path / "raw", tmp_path / "out", "--max_bad=7")
@@ -247,5 +247,5 @@ def test_scenes(tmp_path, capsys, monkeypatch):
         sources.open_source("scenes_questions", tmp_path / "out", "compositional"),
     )[0]
     assert record["captions"] and record["questions"]
-    assert prepare.main(["--dataset=scenes", f"--output={tmp_path / 'bad'}", "--striped=3"]) == 2
+    assert status_of("--dataset=scenes", f"--output={tmp_path / 'bad'}", "--striped=3") == 2
     assert "striped 3.0, expected" in capsys.readouterr().err and not (tmp_path / "bad").exists()

@@ -9,23 +9,21 @@ import sys
 from absl import flags
 
 from latent_jax import main as command
+from latent_jax.command import command as as_command
 from latent_jax.errors import UserError
 
 
+@as_command
 def main(arguments: list[str]) -> None:
     """Exits with status 2 and one line on standard error for bad input."""
-    try:
-        config, workdir = command.parse(arguments)
-        if config.job != "evaluate":
-            raise UserError(f"config.job: got {config.job!r}; expected a config of the job 'evaluate'")
-        flags.FLAGS.mark_as_parsed()
-        from latent_jax import evaluate
-        from third_party.backend import open_backend
+    config, workdir = command.parse(arguments)
+    if config.job != "evaluate":
+        raise UserError(f"config.job: got {config.job!r}; expected a config of the job 'evaluate'")
+    flags.FLAGS.mark_as_parsed()
+    from latent_jax import evaluate
+    from third_party.backend import open_backend
 
-        evaluate.run(config, workdir, open_backend)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    evaluate.run(config, workdir, open_backend)
 
 
 if __name__ == "__main__":

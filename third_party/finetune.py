@@ -22,6 +22,7 @@ from latent_jax import config as schema
 from latent_jax import main as command
 from latent_jax import optimizer, train
 from latent_jax.assets import TINY_VL
+from latent_jax.command import command as as_command
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.models.hf_io import resolve
@@ -146,16 +147,13 @@ def update(
     return total, tuned.step(rate, clip)
 
 
+@as_command
 def main(arguments: list[str]) -> None:
     """Exits with status 2 and one line on standard error for bad input."""
-    try:
-        own, rest = _own_flags(arguments)
-        config, workdir = command.parse(rest)
-        flags.FLAGS.mark_as_parsed()
-        run(config, workdir, **own)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    own, rest = _own_flags(arguments)
+    config, workdir = command.parse(rest)
+    flags.FLAGS.mark_as_parsed()
+    run(config, workdir, **own)
 
 
 def _own_flags(arguments: Sequence[str]) -> tuple[dict, list[str]]:

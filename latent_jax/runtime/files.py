@@ -1,11 +1,19 @@
 """Files that are whole or absent, and where those are kept that are made once for all runs."""
 
 import contextlib
+import json
 import os
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from latent_jax.errors import UserError, os_error
+
+# No configuration, index or sidecar is near this size: more is another file under its name. Lists of records may be
+# larger (GQA's scene graphs), and their readers say so.
+MOST_JSON = 64 * 2**20
 
 
 def cache_directory() -> Path:
@@ -17,6 +25,46 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` in one step: a reader or a kill sees the old file or the new, nothing between."""
     with whole(path) as file:
         file.write(text.encode())
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """A regular file's content. Raises UserError that names the file where it is none, or has over `most` bytes.
+
+    A device, a FIFO or a socket under the name of a file would be read for ever.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{path}: not a regular file")
+            if most is not None and found.st_size > most:
+                raise UserError(f"{path}: {found.st_size:,} bytes, expected at most {most:,}")
+            return file.read()
+    except (OSError, ValueError) as problem:  # ValueError: a name with a NUL character
+        raise UserError(os_error(problem) if isinstance(problem, OSError) else f"{str(path)!r}: {problem}") from None
+
+
+def read_json(
+    path: str | Path,
+    kind: type | tuple[type, ...] = dict,
+    expected: str = "a JSON object",
+    most: int | None = MOST_JSON,
+    loads: Callable[[str], Any] = json.loads,
+) -> Any:
+    """The content of a JSON file, a `kind`. Raises UserError that names the file and what was `expected` of it."""
+    data = read_bytes(path, most)
+    try:
+        # UTF-8 alone, with or without a byte order mark: json.loads of bytes would guess among five encodings.
+        content = loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"{path}: expected {expected}, but it is nested too deeply") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: expected {expected}, but it cannot be read as JSON ({problem})") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: expected {expected}, got a {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

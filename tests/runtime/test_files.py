@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from latent_jax.errors import UserError
 from latent_jax.runtime import files
 
 
@@ -29,3 +30,34 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_text("")
     files.write_text(tmp_path / "ours", "")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_json_is_read_strictly_and_what_is_wrong_names_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_json(path) == {"a": 1}
+    for content, said in (
+        (b"\xff\x00", "cannot be read as JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "cannot be read as JSON"),
+        (b"[1]", "expected a JSON object, got a list"),
+        (b"", "cannot be read as JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=said) as problem:
+            files.read_json(path)
+        assert str(problem.value).startswith(f"{path}: ")
+    with pytest.raises(UserError, match="expected at most 3"):
+        path.write_bytes(b"1234")
+        files.read_json(path, most=3)
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("fifo", "zero", "."):
+        with pytest.raises(UserError, match="not a regular file|Is a directory"):
+            files.read_bytes(tmp_path / name)
+    for name in ("absent", "x" * 5000, "nul\0"):
+        with pytest.raises(UserError):
+            files.read_bytes(tmp_path / name)

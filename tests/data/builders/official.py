@@ -19,9 +19,17 @@ def picture(seed: int, form: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
+def status_of(*flags) -> int:
+    """The exit status of the command `prepare`."""
+    try:
+        return prepare.main([*map(str, flags)])
+    except SystemExit as ended:
+        return ended.code
+
+
 def run(capsys, dataset, raw, output, *flags) -> tuple[int, str]:
     """(exit status, what was said); nothing may be said on standard output."""
-    status = prepare.main([f"--dataset={dataset}", f"--raw={raw}", f"--output={output}", *flags])
+    status = status_of(f"--dataset={dataset}", f"--raw={raw}", f"--output={output}", *flags)
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
     return status, err

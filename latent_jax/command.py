@@ -1,0 +1,126 @@
+"""How a command begins and ends: its flags, its status, and what it says in one line where something is wrong.
+
+0    done
+2    bad input or a file system that fails: one line `error: ...` on standard error
+130  Ctrl-C (128 + SIGINT): one line; 143 where SIGTERM ended a run after its checkpoint (128 + SIGTERM)
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from latent_jax.errors import UserError, one_line, os_error
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a command. What is wrong with them is one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command(main: Callable) -> Callable:
+    """Decorates a command's `main`: whatever ends it early is one line on standard error and a status.
+
+    Code that catches exceptions broadly, and callbacks out of C++, can swallow a KeyboardInterrupt or turn it into
+    another error. The signal is therefore remembered, and whatever error follows it counts as the interrupt.
+    """
+
+    @functools.wraps(main)
+    def run(*arguments, **options):
+        interrupted = threading.Event()
+
+        def interrupt(_number, _frame):
+            interrupted.set()
+            raise KeyboardInterrupt
+
+        in_main = threading.current_thread() is threading.main_thread()
+        earlier = signal.signal(signal.SIGINT, interrupt) if in_main else None
+        hook, sys.unraisablehook = sys.unraisablehook, _end_where_swallowed(sys.unraisablehook)
+        try:
+            return main(*arguments, **options)
+        except Exception as problem:
+            if interrupted.is_set():
+                _end(130, "interrupted")
+            if isinstance(problem, UserError):
+                _end(2, f"error: {one_line(problem)}")
+            if isinstance(problem, OSError):
+                _end(2, f"error: {os_error(problem)}")
+            raise
+        except KeyboardInterrupt:
+            _end(130, "interrupted")
+        finally:
+            sys.unraisablehook = hook
+            if in_main:
+                signal.signal(signal.SIGINT, earlier)
+
+    return run
+
+
+def begin_command() -> None:
+    """Before a command's imports: Ctrl-C during them is one line too, and standard error may fail without harm."""
+    hook = sys.excepthook
+
+    def say(kind, value, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            return hook(kind, value, trace)
+        say_line("interrupted")
+        # An exit status cannot be chosen here, and the interpreter's own ends the process by the signal.
+        sys.stderr.flush()
+        return os._exit(130)
+
+    sys.excepthook = say
+    if not isinstance(sys.stderr, _Tolerant):
+        sys.stderr = _Tolerant(sys.stderr)
+
+
+def say_line(line: str) -> None:
+    """Prints a line on standard error; a stream that is closed or full is no reason to fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _end(status: int, line: str) -> NoReturn:
+    say_line(line)
+    raise SystemExit(status) from None
+
+
+def _end_where_swallowed(hook):
+    def end(unraisable):
+        # Raised in a callback that cannot raise (jax's of the garbage collector): Python would print it and go on.
+        if issubclass(unraisable.exc_type or Exception, KeyboardInterrupt):
+            say_line("interrupted")
+            os._exit(130)
+        hook(unraisable)
+
+    return end
+
+
+class _Tolerant:
+    """Standard error that never fails: a log disk that is full, or a reader that went away, must not end a run."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError, AttributeError):
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

@@ -1,0 +1,127 @@
+"""How commands end: one line and a status, whatever ended them."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from latent_jax.command import Parser, command
+from latent_jax.errors import UserError
+
+
+@command
+def _raise(problem):
+    raise problem
+
+
+@pytest.mark.parametrize(
+    "problem, line",
+    [
+        (UserError("data.json: line 3:\n  no JSON"), "error: data.json: line 3: no JSON"),
+        (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
+        (OSError("disk quota"), "error: disk quota"),
+        (TimeoutError(), "error: TimeoutError"),
+    ],
+)
+def test_bad_input_and_a_failing_disk_are_one_line_and_status_2(problem, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _raise(problem)
+    assert ended.value.code == 2 and capsys.readouterr().err == line + "\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        _raise(ZeroDivisionError())
+
+
+def test_wrong_flags_are_one_line(capsys):
+    @command
+    def main():
+        parser = Parser(prog="thing")
+        parser.add_argument("--count", type=int, required=True)
+        parser.parse_args(["--count=x"])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: argument --count: invalid int value: 'x'; see thing --help\n"
+
+
+def _interrupted(body: str):
+    program = f"""
+import sys, time
+from latent_jax.command import begin_command, command
+begin_command()
+@command
+def main():
+    {body}
+print("ready", flush=True)
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "time.sleep(20)",
+        # a library that turns whatever it meets into an error of its own
+        """
+    try:
+        time.sleep(20)
+    except BaseException as problem:
+        raise RuntimeError("INTERNAL: callback failed") from None
+""",
+        # a callback that cannot raise
+        """
+    class Callback:
+        def __del__(self):
+            time.sleep(20)
+    Callback()
+    time.sleep(20)
+""",
+    ],
+    ids=["waiting", "turned into another error", "swallowed by a callback"],
+)
+def test_an_interrupt_is_one_line_and_130(body):
+    assert _interrupted(body) == (130, "interrupted\n")
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'ml_collections':\n"
+        "            print('importing', flush=True)\n"
+        "            time.sleep(20)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latent_jax.main"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": f"{tmp_path}:.", "PATH": "/usr/bin:/bin"},
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
+    program = "import sys\nfrom latent_jax.command import begin_command\nbegin_command()\n"
+    program += "print('a', file=sys.stderr); sys.stderr.flush(); print('done')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stderr=full, stdout=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
