@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from latent_jax.errors import UserError, one_line, os_error
+from latent_jax.errors import Stopped, UserError, one_line, os_error
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,6 +97,8 @@ def _end_where_swallowed(hook):
         if issubclass(unraisable.exc_type or Exception, KeyboardInterrupt):
             say_line("interrupted")
             os._exit(130)
+        if issubclass(unraisable.exc_type or Exception, Stopped):
+            os._exit(unraisable.exc_value.code)
         hook(unraisable)
 
     return end

@@ -24,7 +24,7 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import files, provenance
 from latent_jax.settings import Config
 
-RESERVED = ("versions", "git_commit", "measured")
+RESERVED = ("versions", "git_commit", "measured", "checksum")
 
 
 def methods() -> list[str]:
@@ -144,20 +144,36 @@ def write(config: Config | Evaluation, path: Path, measured: Mapping = types.Map
     `measured` is JSON-able: what the run chose by looking at its data, which a resumed run must not choose again.
     """
     found = {"versions": provenance.versions(), "git_commit": provenance.git_commit(), "measured": dict(measured)}
-    files.write_text(path, json.dumps({**to_dict(config), **found}, indent=2) + "\n")
+    content = {**to_dict(config), **found}
+    files.write_text(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n")
 
 
 def read(path: Path) -> tuple[Config | Evaluation, dict]:
     """Reads a config.json back: the resolved config and `measured`. Raises UserError naming the file and the key."""
+    found = read_all(path)
+    measured = found.get("measured", {})
+    if not isinstance(measured, dict):
+        raise UserError(f"{path}: measured: got {measured!r}, expected an object")
     try:
-        found = json.loads(Path(path).read_text())
-        return resolve({key: value for key, value in found.items() if key not in RESERVED}), found.get("measured", {})
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the config.json of a run") from None
-    except (json.JSONDecodeError, AttributeError):
-        raise UserError(f"{path}: not a config.json (not a JSON object)") from None
+        return resolve({key: value for key, value in found.items() if key not in RESERVED}), measured
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
+
+
+def read_all(path: Path) -> dict:
+    """The content of a config.json. Raises UserError where it is not what `write` wrote; files of earlier versions
+    have no checksum."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected the config.json of a run")
+    found = files.read_json(path, dict, "the config.json of a run")
+    if "checksum" in found and found.pop("checksum") != _checksum(found):
+        raise UserError(f"{path}: is not what the run wrote (checksum); restore it, or use a new --workdir")
+    return found
+
+
+def _checksum(content: Mapping) -> str:
+    return files.checksum(json.dumps(json.loads(json.dumps(content)), sort_keys=True))
 
 
 def check_resume(old: Config | Evaluation, new: Config | Evaluation) -> list[str]:

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import types
 import typing
@@ -15,7 +16,7 @@ import typing
 from latent_jax.errors import UserError
 
 
-def option(default, doc: str, *, choices=None, low=None, high=None, above=None, resumable: bool = False):
+def option(default, doc: str, *, choices=None, low=None, high=None, above=None, ascending=False, resumable=False):
     """A dataclass field with its documentation and its limits.
 
     Args:
@@ -24,10 +25,11 @@ def option(default, doc: str, *, choices=None, low=None, high=None, above=None, 
       choices: the only values allowed.
       low, high: inclusive limits; they hold for every number inside a tuple.
       above: exclusive lower limit.
+      ascending: of a tuple of tuples, each begins with a larger number than the one before.
       resumable: a run may be resumed with another value, because no trained number depends on it, but for the order in
         which the same numbers are added.
     """
-    limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, resumable=resumable)
+    limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, ascending=ascending, resumable=resumable)
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -54,6 +56,9 @@ def check(key: str, value, annotation, limits):
     if fitted is _NO or not _inside(fitted, limits) or (choices and fitted not in choices):
         near = _suggest(value, choices) if choices and isinstance(value, str) else ""
         raise UserError(f"{key}: got {value!r}, expected {expected(annotation, limits)}{near}")
+    if limits.get("ascending") and not all(a[0] < b[0] for a, b in itertools.pairwise(fitted or ())):
+        firsts = ", ".join(f"{point[0]:g}" for point in fitted)
+        raise UserError(f"{key}: got points at {firsts}, expected each later than the one before")
     return fitted
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from latent_jax import config as schema
 from latent_jax.benchmarks.settings import Evaluation
 from latent_jax.command import command
-from latent_jax.errors import UserError
+from latent_jax.errors import Stopped, UserError
 from latent_jax.settings import Config
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -60,7 +60,9 @@ def main() -> None:
     job, hosts = (importlib.import_module(f"latent_jax.{name}") for name in (config.job, "runtime.hosts"))
     # An evaluation is one host's work and has no such section.
     with hosts.joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
-        job.run(config, workdir)
+        summary = job.run(config, workdir)
+        if stopped := getattr(summary, "stopped", 0):
+            raise Stopped(stopped)
 
 
 def _split(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

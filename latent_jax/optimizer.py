@@ -1,5 +1,7 @@
 """AdamW with a schedule and clipping, over a flat dict of trainable arrays."""
 
+import dataclasses
+
 import optax
 
 UNDECAYED = ("norm", "norm1", "norm2", "attn_norm", "mlp_norm", "slots", "logit_scale")
@@ -27,13 +29,23 @@ def decayed(path: str) -> bool:
 
 
 def make(train, paths) -> optax.GradientTransformation:
-    """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at its own rate."""
-    ratio = train.head_learning_rate / train.learning_rate if train.head_learning_rate and train.learning_rate else 1.0
+    """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at a rate of its own.
+
+    One schedule serves both: its peak is the base rate, and the head's is a multiple of that. Where the base rate is 0,
+    the peak is the head's, and everything else stays as it is.
+    """
+    head = {path: path.startswith("head.") for path in paths}
+    base, own = train.learning_rate, train.head_learning_rate
+    if own and not base:
+        train = dataclasses.replace(train, learning_rate=own)
+        scales = [optax.masked(optax.set_to_zero(), {path: not its for path, its in head.items()})]
+    else:
+        scales = [optax.masked(optax.scale(own / base if own else 1.0), head)]
     stages = [optax.clip_by_global_norm(train.clip)] if train.clip else []
     stages += [
         optax.scale_by_adam(train.beta1, train.beta2, train.epsilon),
         optax.add_decayed_weights(train.weight_decay, {path: decayed(path) for path in paths}),
-        optax.masked(optax.scale(ratio), {path: path.startswith("head.") for path in paths}),
+        *scales,
         optax.scale_by_learning_rate(schedule(train)),
     ]
     return optax.chain(*stages)

@@ -87,6 +87,9 @@ class Checkpoint:
     every: int = option(500, "steps between checkpoints; the last step always gets one", low=1, resumable=True)
     keep: int = option(3, "newest checkpoints kept; 0 = all", low=0, resumable=True)
     export: bool = option(True, "at the end, write the HF checkpoint to WORKDIR/hf", resumable=True)
+    fallback: bool = option(
+        False, "where the newest checkpoint is damaged, go on from the newest whole one before it", resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,17 @@ import numpy as np
 
 from latent_jax import config as schema
 from latent_jax import workdir
-from latent_jax.data import budgeting, packing, pipeline
+from latent_jax.data import budgeting, packing, pipeline, sources
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
-from latent_jax.runtime import hosts, sharding
-from latent_jax.settings import named_sizes
+from latent_jax.models import hf_export
+from latent_jax.runtime import files, hosts, provenance, sharding
+from latent_jax.settings import mixture, named_sizes
+
+_NO_INPUT = {"generation_config.json"}  # of the small files, what no trained number depends on
 
 
-def settle(config, directory: Path, method, codec: Codec, model_config, data, mesh: jax.sharding.Mesh):
+def settle(config, directory: Path, method, codec: Codec, model_config, data, mesh: jax.sharding.Mesh, origin: Path):
     """Decides once what depends on the data and the machine, and keeps it in the workdir's config.json.
 
     Returns (config with nothing left open, the batch's Budgets, lines worth saying). A workdir that was begun before
@@ -28,9 +31,16 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
         notes = schema.check_resume(old, config)
         if "budgets" not in measured:
             raise UserError(f"{directory}: was begun by another program ({', '.join(measured)}); use a new --workdir")
+        notes += provenance.changes(schema.read_all(file))
+        check_same(measured.get("made_from", {}), made_from(config, data, origin), directory)
     else:
-        measured = {"budgets": dataclasses.asdict(_choose_budgets(config, method, codec, model_config, data, shards))}
-    budgets = packing.Budgets(**measured["budgets"])
+        chosen, notes = _choose_budgets(config, method, codec, model_config, data, shards)
+        measured = {"budgets": dataclasses.asdict(chosen)}
+    measured["made_from"] = made_from(config, data, origin)
+    try:
+        budgets = packing.Budgets(**measured["budgets"])
+    except TypeError as problem:
+        raise UserError(f"{file}: measured.budgets: {problem}; it was begun by another version") from None
     if budgets.groups % shards:
         raise UserError(
             f"config.data.groups: {budgets.groups} groups cannot be shared by {shards} data shards "
@@ -60,16 +70,27 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
     return config, budgets, notes
 
 
-def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int) -> packing.Budgets:
-    """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept."""
-    vision = model_config.vision
-    sample = []
+def _choose_budgets(config, method, codec: Codec, model_config, data, shards: int):
+    """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept.
+
+    Returns (Budgets, lines worth saying).
+    """
+    vision, sample, notes = model_config.vision, [], []
     for source, weight in data:
         count = max(1, round(config.data.sample * weight))
         sample += pipeline.sample_examples(source, layout_of(method, config, codec), codec, count)
     if len(data) > 1:  # sources alternate in the data order; a seeded shuffle stands for that
         np.random.default_rng(config.seed).shuffle(sample)
-    return budgeting.choose(
+    if not config.data.tokens:
+        count, row = len(sample), config.data.row_tokens
+        sample, long = budgeting.without_outliers(sample, row, config.data.max_bad)
+        if long:
+            notes = [
+                f"{len(long)} of {count} sampled records are longer than config.data.row_tokens={row} tokens (the "
+                f"longest, {long[0].key!r}, has {len(long[0].tokens)}): such records are skipped and counted; "
+                f"--config.data.tokens={len(long[0].tokens)} would take them in"
+            ]
+    budgets = budgeting.choose(
         sample,
         batch_size=config.train.batch_size,
         groups=config.data.groups or shards,
@@ -80,6 +101,32 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         slots=method.slots(config),
         named=named_sizes(config.data),
     )
+    return budgets, notes
+
+
+def made_from(config, data, origin: Path) -> dict[str, str]:
+    """What trained numbers depend on beside the config, in short: the records, and the files that lay them out."""
+    names = [name for name, _ in mixture(config.data.name)]
+    found = {
+        f"the records of {name} in {config.data.path or 'the cache'}": sources.fingerprint(
+            name, config.data.path, config.data.split
+        )
+        for name in names
+    }
+    for name in hf_export.SMALL_FILES:
+        if name not in _NO_INPUT and (origin / name).is_file():
+            found[f"{name} of the model"] = files.checksum(files.read_bytes(origin / name))
+    return found
+
+
+def check_same(before: Mapping[str, str], now: Mapping[str, str], directory: Path) -> None:
+    """Raises UserError where something that trained numbers depend on is another than when the run began."""
+    changed = [name for name in before if before[name] != now.get(name)]
+    if changed:
+        raise UserError(
+            f"{directory}: was begun with other data: {', '.join(changed)} {'has' if len(changed) == 1 else 'have'} "
+            "changed since; bring the old back, or use a new --workdir"
+        )
 
 
 def layout_of(method, config, codec: Codec):

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import importlib
+import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
+from latent_jax import config as schema
 from latent_jax import encode, workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
@@ -21,8 +24,8 @@ from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.runtime import files, flops, hosts, preemption, sharding
-from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.runtime import checksums, files, flops, hosts, lock, preemption, provenance, sharding
+from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
@@ -31,14 +34,16 @@ from latent_jax.settling import layout_of, mesh_words, settle
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
 
+FINISHED = "finished.json"  # in the workdir, once there is nothing left to do
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended: the steps that are done, whether a signal stopped it early, compiles of the step, and what the
-    method's report found on held-out data."""
+    """How a run ended: the steps that are done, the signal that stopped it early (0: none did), compiles of the step,
+    and what the method's report found on held-out data."""
 
     step: int
-    stopped: bool
+    stopped: int
     compiles: int
     report: dict[str, float]
 
@@ -46,11 +51,17 @@ class Summary:
 def run(config, directory: str | Path) -> Summary:
     """Trains what the config describes and leaves everything in `directory`; resumes what lies there already.
 
-    Raises UserError for bad input. SIGTERM and SIGINT, once steps are running, save a checkpoint and return.
+    Raises UserError for bad input. SIGTERM and SIGINT, once steps are running, save a checkpoint and return; after the
+    last checkpoint they raise Stopped.
     """
     divide_cpu(config.mesh.cpu_devices)
     enable_compile_cache()
-    directory = Path(directory)
+    hosts.agree("config", comparable(config))
+    with lock.only_writer(directory) if hosts.primary() else contextlib.nullcontext():
+        return _run(config, Path(directory))
+
+
+def _run(config, directory: Path) -> Summary:
     method = importlib.import_module(f"latent_jax.methods.{config.method}")
 
     # ------------------------------------------------------------ what is trained
@@ -69,10 +80,12 @@ def run(config, directory: str | Path) -> Summary:
 
     # ------------------------------------------------------------ on what data
     data = open_data(config, config.data.split)
+    lacking = look_ahead(config, method, directory)
     if config.data.latent_cache:
         encoder = encode.Encoder(config, method, codec, model_config, origin, mesh)
         data = encoder.beside(data, say=_teller(config))
-    config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh)
+    config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh, origin)
+    notes += lacking
     batches = pipeline.make_dataset(
         data,
         layout_fn=layout_of(method, config, codec),
@@ -88,9 +101,14 @@ def run(config, directory: str | Path) -> Summary:
     keep_origin(config, origin, directory)
     setup = make_setup(config, method, model_config, mesh, dtypes)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
-    state, batches_state = restore(checkpoints, setup)
+    if (done := finished(checkpoints, config, directory)) is not None:
+        _teller(config)(f"finished: all {config.train.steps} steps are done; the results lie in {directory}")
+        return Summary(config.train.steps, 0, 0, done)
+    state, batches_state, extra, told = restore(checkpoints, setup, directory)
+    notes += told
     if state is None:
         state = fit(first_state(setup, origin), setup, data, codec, budgets)
+        check_start(state, config, origin)
         notes += [describe(setup, state)]
     else:
         # What broken images cost is counted where they are decoded; of the sum, the first host takes the past.
@@ -105,7 +123,7 @@ def run(config, directory: str | Path) -> Summary:
     with (
         checkpoints,  # whatever ends the run, a save that was begun is finished
         contextlib.closing(batches),
-        Metrics(directory, first, config.log.every, config.log.tensorboard, primary) as metrics,
+        Metrics(directory, first, config.log.every, config.log.tensorboard, primary, extra.get("metrics")) as metrics,
         Progress(config.train.steps, first, config.log.progress, mute=not primary) as progress,
         preemption.watch() as asked_to_stop,
     ):
@@ -114,7 +132,7 @@ def run(config, directory: str | Path) -> Summary:
         step = make_step(setup)
         state, stopped = loop(setup, state, step, batches, checkpoints, metrics, progress, asked_to_stop)
         checkpoints.wait()
-        report = {} if stopped else finish(setup, state, codec, directory, progress)
+        report = {} if stopped else finish(setup, state, codec, directory, progress, asked_to_stop)
     return Summary(int(state.step), stopped, step._cache_size(), report)
 
 
@@ -127,6 +145,25 @@ def open_data(config, split: str) -> list[tuple[pipeline.Source, float]]:
     if config.data.share == 1:
         return found
     return [(sources.Subset(source, config.data.share, config.seed), weight) for source, weight in found]
+
+
+def look_ahead(config, method, directory: Path) -> list[str]:
+    """Checks what only the end of the run needs. Returns lines on what will be left out.
+
+    Raises UserError where the export could not be written.
+    """
+    if config.checkpoint.export and hosts.primary():
+        hf_export.check_replaceable(directory / "hf")
+    if not getattr(method, "REPORT", ""):
+        return []
+    missing = importlib.import_module(method.REPORT).lacking(config)
+    return [f"the report at the end is left out: {missing}"] if missing else []
+
+
+def comparable(config) -> dict[str, str]:
+    """What must be the same on every host, as text: every setting but who is who, and the versions."""
+    settings = {f"config.{key}": repr(value) for key, (value, _, _) in schema.leaves(config).items()}
+    return {k: v for k, v in settings.items() if not k.startswith("config.hosts.")} | provenance.versions()
 
 
 def _teller(config):
@@ -160,18 +197,78 @@ def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
     return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
 
 
-def restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState | None, dict]:
-    """The newest checkpoint's state and where its data stood, or (None, {})."""
-    if checkpoints.latest() is None:
-        return None, {}
-    abstract = setup.abstract()
-    found, batches_state, _ = checkpoints.restore(None, _items(abstract))
-    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state
+def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[TrainState | None, dict, dict, list[str]]:
+    """The newest checkpoint's state, where its data stood, what else it keeps and lines worth saying; None without one.
+
+    Raises UserError where it is damaged, naming the newest whole one; with `checkpoint.fallback` that one is taken, and
+    what is damaged is moved out of the way.
+    """
+    damaged: list[Damaged] = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            found = _restored(checkpoints, setup, step)
+        except Damaged as problem:
+            damaged.append(problem)
+            continue
+        if damaged and not setup.config.checkpoint.fallback:
+            raise UserError(
+                f"{damaged[0]}. The newest whole checkpoint is of step {step}: --config.checkpoint.fallback=true moves "
+                f"the damaged to {directory / DAMAGED} and goes on from there"
+            )
+        return *found, _set_aside(checkpoints, step, directory)
+    if damaged:
+        raise UserError(f"{damaged[0]}. No other checkpoint is whole: remove {checkpoints.directory} to begin again")
+    return None, {}, {}, []
 
 
-def save(checkpoints: Checkpoints, state: TrainState, batches_state: dict) -> None:
-    """Begins to write the state and where its data stands."""
-    checkpoints.save(int(state.step), _items(state), batches_state)
+def _restored(checkpoints: Checkpoints, setup: Setup, step: int) -> tuple[TrainState, dict, dict]:
+    """A step's state, where its data stood and what else it keeps. Damage that one host meets, all hosts raise."""
+    abstract, problem, found = setup.abstract(), None, {}
+    try:
+        found, batches_state, extra = checkpoints.restore(step, _items(abstract))
+        if int(found["step"]["step"]) != step:
+            raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
+    except Damaged as caught:
+        problem = caught
+    if hosts.summed({"damaged": float(problem is not None)})()["damaged"]:
+        raise problem or Damaged(f"{checkpoints.directory / str(step)}: another host cannot read it back")
+    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state, extra
+
+
+def _set_aside(checkpoints: Checkpoints, whole: int, directory: Path) -> list[str]:
+    """Moves the steps after `whole` away, and says so."""
+    lines = []
+    hosts.sync("every host has read the checkpoints")
+    for step in [step for step in checkpoints.steps() if step > whole]:
+        lines.append(f"checkpoint {step} is damaged: moved into {directory / DAMAGED}")
+        if hosts.primary():
+            checkpoints.set_aside(step, directory / DAMAGED)
+    hosts.sync("the first host has moved the damaged checkpoints")
+    return lines
+
+
+def check_start(state: TrainState, config, origin: Path) -> None:
+    """Raises UserError where a weight that the run begins with, or a statistic, is not finite."""
+    _, bad = checksums.examined({**state.trainable, **state.frozen})
+    if bad:
+        where = "random weights" if config.model.init == "random" else origin
+        raise UserError(f"{where}: {bad[0]} is not finite (NaN or infinite) before the first step; expected numbers")
+
+
+def save(checkpoints: Checkpoints, state: TrainState, batches_state: dict, extra: dict) -> None:
+    """Begins to write the state, where its data stands and what else a resume compares.
+
+    Raises UserError where an array is not finite.
+    """
+    items, sums, step = _items(state), {}, int(state.step)
+    for name, tree in items.items():
+        sums[name], bad = checksums.examined(tree)
+        if bad:
+            raise UserError(
+                f"step {step}: {name}.{bad[0]} is not finite (NaN or infinite), so it is not saved; the checkpoints "
+                "before it are whole. Try a lower config.train.learning_rate or config.train.clip"
+            )
+    checkpoints.save(step, items, batches_state, extra, sums)
 
 
 def _items(state: TrainState) -> dict:
@@ -239,8 +336,8 @@ def loop(
     metrics: Metrics,
     progress: Progress,
     asked_to_stop,
-) -> tuple[TrainState, bool]:
-    """Runs the steps that are left. Returns (state, whether a signal ended it early)."""
+) -> tuple[TrainState, int]:
+    """Runs the steps that are left. Returns (state, the signal that ended it early or 0)."""
     config = setup.config
     device_kind = setup.mesh.devices.flat[0].device_kind
     ledger = flops.Ledger(
@@ -277,11 +374,12 @@ def loop(
         if metrics.due(number):
             metrics.write(number, values)
         progress.update(number, values)
-        if not np.isfinite(values["loss/total"]):
-            raise UserError(
-                f"step {number}: the loss is {values['loss/total']}; the checkpoints before it are whole. "
-                "Expected a finite loss: try a lower config.train.learning_rate or config.train.clip"
-            )
+        for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
+            if not np.isfinite(values[name]):
+                raise UserError(
+                    f"step {number}: the {words} is {values[name]}; the checkpoints before it are whole. "
+                    "Expected a finite one: try a lower config.train.learning_rate or config.train.clip"
+                )
         return data, bool(asked)
 
     while done < config.train.steps:
@@ -303,25 +401,58 @@ def loop(
             # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
             data, _ = report(pending)
             pending = None
-            save(checkpoints, state, data)
+            save(checkpoints, state, data, {"metrics": metrics.checksum()})
         if stop and not last:
             checkpoints.wait()
             progress.say(f"stopped after step {done}; the same command goes on from there")
-            return state, True
-    return state, False
+            # A host that only heard of it takes the signal that schedulers send.
+            return state, asked_to_stop.number or signal.SIGTERM
+    return state, 0
 
 
-def finish(setup: Setup, state: TrainState, codec: Codec, directory: Path, progress: Progress) -> dict[str, float]:
-    """The HF export, and what the method's report finds on held-out data."""
+def finish(
+    setup: Setup, state: TrainState, codec: Codec, directory: Path, progress: Progress, asked: preemption.Asked
+) -> dict[str, float]:
+    """The HF export, what the method's report finds on held-out data, and the note that all of it is done."""
     if setup.config.checkpoint.export:
+        asked.at_once("the export")
         export(setup, state, directory)
         progress.say(f"HF checkpoint: {directory / 'hf'}")
-    if not getattr(setup.method, "REPORT", ""):
-        return {}
-    reporter = importlib.import_module(setup.method.REPORT)
-    if (model := local_model(setup, state)) is None:
-        return {}
-    return reporter.run(model, setup.config, codec, directory, progress.say)
+    report = {}
+    if getattr(setup.method, "REPORT", ""):
+        asked.at_once("the report on held-out data")
+        reporter = importlib.import_module(setup.method.REPORT)
+        if (model := local_model(setup, state)) is not None:
+            report = reporter.run(model, setup.config, codec, directory, progress.say)
+    if hosts.primary():
+        done = {"step": int(state.step), "settings": _last_settings(setup.config), "report": report}
+        files.write_text(directory / FINISHED, json.dumps(done, indent=2) + "\n")
+    return report
+
+
+def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
+    """What the report found, where all steps, the export and the report are done already; else None.
+
+    Raises UserError where more steps are done than the config asks for.
+    """
+    latest = checkpoints.latest() or 0
+    if latest > config.train.steps:
+        raise UserError(
+            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {latest}; "
+            f"expected at least {latest}, or a new --workdir"
+        )
+    try:
+        done = files.read_json(directory / FINISHED)
+        same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
+    except (UserError, KeyError):  # not there, or damaged: then it is done again
+        return None
+    whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
+    return done.get("report", {}) if same and whole else None
+
+
+def _last_settings(config) -> dict:
+    """The settings that what follows the last step depends on, beside those that a resumed run cannot change."""
+    return {"export": config.checkpoint.export, **dataclasses.asdict(config.evaluate)}
 
 
 def local_model(setup: Setup, state: TrainState) -> LatentVLM | None:

@@ -152,11 +152,25 @@ def test_a_broken_config_json_names_file_and_key(tmp_path):
     with pytest.raises(UserError, match=f"{file}: no such file"):
         schema.read(file)
     file.write_text("{")
-    with pytest.raises(UserError, match=f"{file}: not a config.json"):
+    with pytest.raises(UserError, match=f"{file}: expected the config.json of a run, but it cannot"):
         schema.read(file)
     file.write_text('{"method": "fake", "train": {"steps": "x"}}')
     with pytest.raises(UserError, match=f"{file}: config.train.steps: got 'x'"):
         schema.read(file)
+
+
+def test_a_config_json_that_is_not_what_was_written_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    schema.write(schema.resolve(schema.default("fake")), file, {"budgets": {"rows": 4}})
+    whole = file.read_text()
+    assert schema.read(file)[1] == {"budgets": {"rows": 4}}
+    file.write_text(whole.replace('"rows": 4', '"rows": 5'))
+    with pytest.raises(UserError, match=f"{file}: is not what the run wrote"):
+        schema.read(file)
+    before = json.loads(whole)
+    del before["checksum"]  # as earlier versions wrote it
+    file.write_text(json.dumps(before))
+    assert schema.read(file)[1] == {"budgets": {"rows": 4}}
 
 
 def test_resume_refuses_every_key_that_changes_numbers():

@@ -34,9 +34,9 @@ def made(tmp_path_factory):
     with Checkpoints(directory / workdir.CHECKPOINTS) as checkpoints:
         for step in (3, 4):
             text = {path: array * step for path, array in state.trainable.items()}
-            train.save(checkpoints, state._replace(step=jax.numpy.int32(step), trainable=text), {"position": 7})
+            train.save(checkpoints, state._replace(step=jax.numpy.int32(step), trainable=text), {"position": 7}, {})
         checkpoints.wait()
-        restored, position = train.restore(checkpoints, setup)
+        restored, position, _, _ = train.restore(checkpoints, setup, directory)
     assert position == {"position": 7}
     return directory, config, state, restored
 

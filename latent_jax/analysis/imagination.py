@@ -92,6 +92,21 @@ def held_out(config) -> list[dict]:
     return [source[index] for index in range(min(config.evaluate.examples or len(source), len(source)))]
 
 
+def lacking(config) -> str:
+    """What a report on held-out data would miss, looked up before training; "" where all is there."""
+    try:
+        for name in _held_out_names(config):
+            sources.open_source(name, config.data.path, config.evaluate.split)
+    except UserError as problem:
+        return f"{problem}; config.data.holdout=N keeps N records of the training split for it"
+    return ""
+
+
+def _held_out_names(config) -> list[str]:
+    name = mixture(config.data.name)[0][0]
+    return [name, "scenes_questions"] if name == "scenes" else [name]
+
+
 def table(found: dict[str, float]) -> list[str]:
     """The report for a person to read."""
     get = found.__getitem__

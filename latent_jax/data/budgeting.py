@@ -71,6 +71,17 @@ def choose(
     return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
 
 
+def without_outliers(sample: Sequence[Example], row_tokens: int, max_bad: float) -> tuple[list[Example], list[Example]]:
+    """(the examples that rows are made for, those left out): longer than `row_tokens` and rare.
+
+    At most the share `max_bad` is left out, the longest first, and of few examples one: a single long caption would
+    otherwise set the length of every row.
+    """
+    may = max(int(max_bad * len(sample)), 1) if max_bad and len(sample) > 1 else 0
+    long = sorted((e for e in sample if len(e.tokens) > row_tokens), key=lambda e: len(e.tokens), reverse=True)[:may]
+    return [example for example in sample if not any(example is each for each in long)], long
+
+
 def _fitting(sizes: Sequence[Size], named: Mapping[str, int]) -> list[Size]:
     """The examples that fit what is named. Raises UserError where none does."""
     fitting = list(sizes)

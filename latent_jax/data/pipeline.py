@@ -9,9 +9,11 @@ import dataclasses
 import functools
 import queue
 import threading
+import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -20,7 +22,7 @@ import numpy as np
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Layout
 from latent_jax.data.packing import Batch, Budgets, Packer, Size, numbered_batches, size_of
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 
 LayoutFn = Callable[[dict, int], Layout]
 _BROKEN_AFTER = 100  # records seen before a share of broken ones means anything
@@ -123,28 +125,49 @@ def _lay_out(
     layout_fn: LayoutFn, codec: Codec, budgets: Budgets, shared: bool, index: int, record: dict
 ) -> "_Sample | _Broken":
     """A record measured, and drawn too unless the groups are `shared` by hosts: then only its own host draws it."""
+    drawn = None
     try:
-        layout = layout_fn(record, int(index))
-        problem = None
-        if not shared:
-            try:
-                example = codec.lay_out(layout)
-                budgets.check(example)
-                return _Sample(example, lambda: example)
-            except UserError as caught:
-                problem = caught
-        outline = codec.lay_out(layout, draw=False)
-        budgets.check(outline)
+        with telling(record):
+            layout = layout_fn(record, int(index))
+            if not shared:
+                try:
+                    with telling(record):
+                        example = codec.lay_out(layout)
+                        budgets.check(example)
+                        return _Sample(example, lambda: example)
+                except UserError as caught:
+                    drawn = caught
+            outline = codec.lay_out(layout, draw=False)
+            budgets.check(outline)
     except UserError as caught:
-        return _Broken(str(problem or caught))
+        return _Broken(str(drawn or caught))
     return _Sample(outline, functools.partial(_draw, codec, layout, size_of(outline)))
 
 
 def _draw(codec: Codec, layout: Layout, size: Size) -> Example:
-    example = codec.lay_out(layout)
-    if size_of(example) != size:
-        raise UserError(f"record {layout.key!r}: its images have another size than their headers say")
+    with telling({"key": layout.key}):
+        example = codec.lay_out(layout)
+        if size_of(example) != size:
+            raise UserError(f"record {layout.key!r}: its images have another size than their headers say")
     return example
+
+
+@contextlib.contextmanager
+def telling(record: Mapping) -> Iterator[None]:
+    """Whatever a record raises becomes a UserError that names it: libraries answer odd files and texts with any error.
+
+    What is counted is then a share of broken records. A fault of the method's own is met by every record, and ends the
+    run with its words and its place.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as problem:
+        key = record.get("key", "") if isinstance(record, Mapping) else ""
+        place = traceback.extract_tb(problem.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise UserError(f"record {key!r}: {type(problem).__name__}: {one_line(problem)} ({where})") from problem
 
 
 class BatchIterator:
@@ -327,8 +350,10 @@ def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 
     first_broken = ""
     examples = []
     for index in range(count):
+        record = source[index * len(source) // count]
         try:
-            example = codec.lay_out(layout_fn(source[index * len(source) // count], index))
+            with telling(record):
+                example = codec.lay_out(layout_fn(record, index))
         except UserError as problem:
             first_broken = first_broken or str(problem)
             continue

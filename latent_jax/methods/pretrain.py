@@ -37,17 +37,23 @@ class Loss:
     """The three terms. A schedule is a list of (fraction of the run, factor) points, linear between them."""
 
     next_token_weight: float = option(1.0, "weight of the caption's next-token loss", low=0.0)
-    next_token_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    next_token_schedule: tuple[tuple[float, float], ...] = option(
+        (), "points (fraction of the run, factor)", ascending=True
+    )
     similarity: str = option("l2", "how far a predicted latent is from its target", choices=SIMILARITIES)
     similarity_weight: float = option(1.0, "weight of the similarity loss", low=0.0)
-    similarity_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    similarity_schedule: tuple[tuple[float, float], ...] = option(
+        (), "points (fraction of the run, factor)", ascending=True
+    )
     norm_weighted: bool = option(False, "cosine, contrastive: weight each slot by its target's squared norm")
     norm_term: float = option(0.0, "cosine, contrastive: weight of the squared difference of norms", low=0.0)
     smooth_l1_beta: float = option(1.0, "smooth_l1 only: where the square turns into the line", low=1e-6)
     temperature: float = option(0.1, "contrastive only: temperature of the InfoNCE among slots", low=1e-4)
     alignment: str = option("infonce", "how predictions are matched to a batch's targets", choices=tuple(ALIGNMENTS))
     alignment_weight: float = option(0.1, "weight of the alignment loss", low=0.0)
-    alignment_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    alignment_schedule: tuple[tuple[float, float], ...] = option(
+        (), "points (fraction of the run, factor)", ascending=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ class Loss:
     """The one term."""
 
     next_token_weight: float = option(1.0, "weight of the next-token loss", low=0.0)
-    next_token_schedule: tuple[tuple[float, float], ...] = option((), "points (fraction of the run, factor)")
+    next_token_schedule: tuple[tuple[float, float], ...] = option(
+        (), "points (fraction of the run, factor)", ascending=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

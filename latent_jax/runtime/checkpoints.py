@@ -3,9 +3,16 @@
 Layout: DIRECTORY/STEP/ with one Orbax item for each top-level key of the state (so that the parameters can be read
 without the optimiser), `iterator` (where the data stood) and `extra` (JSON). A step under way lies beside it under a
 temporary name; a kill leaves that, which the next run removes, and `latest` never sees it.
+
+With every step stand the checksums of its arrays (`runtime/checksums.py`), in `extra` under a name of its own, and each
+JSON item carries one of itself: what is read back is compared, so that a damaged disk is told and never trained on.
 """
 
+import contextlib
+import errno
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +20,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
+from latent_jax.runtime import checksums, files
 
 _JSON_ITEMS = ("iterator", "extra")
+_ARRAYS, _CONTENT, _SUM = "array_checksums", "content", "checksum"
+DAMAGED = "damaged_checkpoints"
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read back as it was written: which file of it, and what is wrong."""
 
 
 class Checkpoints:
@@ -55,13 +69,21 @@ class Checkpoints:
         """Every whole step, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Mapping[str, object], iterator_state: dict, extra: Mapping = {}) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        iterator_state: dict,
+        extra: Mapping = {},
+        sums: Mapping[str, checksums.Sums] | None = None,
+    ) -> bool:
         """Begins to write a step; returns when `state` may be changed or donated again, not when the disk has it.
 
         Args:
           step: the number of finished steps; saved already = nothing happens.
           state: name -> pytree of arrays, e.g. {"params": ..., "optimizer": ...}; names other than iterator, extra.
           iterator_state, extra: JSON-able.
+          sums: name -> checksums of the arrays in `state` (see `checksums.of`).
         Returns whether a save was begun. An error of the save before it is raised here, or in `wait`.
         """
         if taken := set(state) & set(_JSON_ITEMS):
@@ -69,8 +91,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-        documents = {"iterator": ocp.args.JsonSave(dict(iterator_state)), "extra": ocp.args.JsonSave(dict(extra))}
-        return self._manager.save(step, args=ocp.args.Composite(**items, **documents), force=True)
+        extra = {**extra, _ARRAYS: dict(sums) if sums is not None else {n: checksums.of(t) for n, t in state.items()}}
+        documents = {"iterator": _sealed(iterator_state), "extra": _sealed(extra)}
+        documents = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
+        with self._writing():
+            return self._manager.save(step, args=ocp.args.Composite(**items, **documents), force=True)
 
     def restore(self, step: int | None, abstract: Mapping[str, object]) -> tuple[dict, dict, dict]:
         """Reads a step back, the newest for None.
@@ -78,11 +103,12 @@ class Checkpoints:
         Args:
           abstract: name -> pytree of jax.ShapeDtypeStruct with shardings, which need not be those of the save.
         Returns (state, iterator_state, extra). Raises UserError if there is no such step, or if names, shapes or the
-        tree's structure are not those of the checkpoint.
+        tree's structure are not those of the checkpoint, and Damaged where it is not what was written.
         """
         step = self._existing(step)
+        documents = {name: self._document(step, name) for name in _JSON_ITEMS}
         restored = {name: self._restore(step, name, tree) for name, tree in abstract.items()}
-        return restored, self._document(step, "iterator"), self._document(step, "extra")
+        return restored, documents["iterator"], _own(documents["extra"])
 
     def restore_item(self, step: int | None, name: str, abstract=None):
         """Reads one item of the state, e.g. "params"; the others are not touched.
@@ -98,15 +124,38 @@ class Checkpoints:
 
     def extra(self, step: int | None = None) -> dict:
         """The JSON that was saved with a step, the newest for None."""
-        return self._document(self._existing(step), "extra")
+        return _own(self._document(self._existing(step), "extra"))
 
     def wait(self) -> None:
         """Returns when every save that was begun is on disk; raises if one failed."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of threads and files."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    def set_aside(self, step: int, to: Path) -> Path:
+        """Moves a step out of the way, into the folder `to`, under a name that is free there. Returns where it is."""
+        to.mkdir(parents=True, exist_ok=True)
+        taken = [path.name for path in to.iterdir()]
+        name = next(n for n in (f"{step}", *(f"{step}.{i}" for i in range(1, 10**6))) if n not in taken)
+        shutil.move(self.directory / str(step), to / name)
+        self._manager.reload()
+        return to / name
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """A disk that is full or gone speaks through several libraries, in many lines."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as problem:
+            if _of_the_disk(problem):
+                raise UserError(f"{self.directory}: a checkpoint cannot be written: {_first(problem)}") from None
+            raise
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -122,11 +171,16 @@ class Checkpoints:
         path = self.directory / str(step) / name
         if not path.is_dir():
             there = sorted(one.name for one in path.parent.iterdir() if one.is_dir())
-            raise UserError(f"{path.parent}: no item {name!r}; the checkpoint holds {', '.join(there)}")
+            raise Damaged(f"{path}: no item {name!r}; the checkpoint holds {', '.join(there) or 'nothing'}")
         return path
 
     def _metadata(self, step: int, name: str):
-        return ocp.StandardCheckpointHandler().metadata(self._item(step, name)).tree
+        path = self._item(step, name)
+        with _reading(path):
+            tree = ocp.StandardCheckpointHandler().metadata(path).tree
+            if tree is None:
+                raise Damaged(f"{path}: cannot be read back: it says nothing of its arrays")
+            return tree
 
     def _restore(self, step: int, name: str, abstract):
         self._item(step, name)
@@ -138,10 +192,80 @@ class Checkpoints:
                     f"checkpoint, expected {wanted.get(path, 'absent')}"
                 )
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-        return self._manager.restore(step, args=args)[name]
+        with _reading(self._item(step, name)):
+            restored = self._manager.restore(step, args=args)[name]
+        self._compare(step, name, restored)
+        return restored
+
+    def _compare(self, step: int, name: str, restored) -> None:
+        """Raises Damaged where an array is not the one that was saved; checkpoints of earlier versions have no sums."""
+        saved = self._document(step, "extra").get(_ARRAYS, {}).get(name)
+        if saved is None:
+            return
+        found = checksums.of(restored)
+        wrong = sorted(path for path in {**saved, **found} if saved.get(path) != found.get(path))
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise Damaged(f"{self._item(step, name)}: {wrong[0]}{more} is not what was saved (checksum)")
 
     def _document(self, step: int, name: str) -> dict:
-        return json.loads((self._item(step, name) / "metadata").read_text())
+        file = self._item(step, name) / "metadata"
+        try:
+            return _opened(files.read_json(file))
+        except ValueError as problem:
+            raise Damaged(f"{file}: {problem}") from None
+        except UserError as problem:
+            raise Damaged(str(problem)) from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path):
+    """Whatever a library says of files that it cannot make sense of is damage, and names where it was met."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        if isinstance(problem, MemoryError) or "RESOURCE_EXHAUSTED" in str(problem):
+            raise
+        raise Damaged(f"{path}: cannot be read back: {_first(problem)}") from None
+
+
+def _first(problem: BaseException) -> str:
+    """What an error says, in at most 200 characters of one line."""
+    said = one_line(problem) or type(problem).__name__
+    return said if len(said) <= 200 else said[:197] + "..."
+
+
+def _of_the_disk(problem: BaseException) -> bool:
+    """Is this the operating system's refusal, of an error or of what caused it? tensorstore only quotes its words."""
+    while problem is not None:
+        words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)]
+        if isinstance(problem, OSError) or any(word in str(problem) for word in words):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def _sealed(content: Mapping) -> dict:
+    """A JSON document and its own checksum."""
+    content = json.loads(json.dumps(dict(content)))  # as it will be read back
+    return {_CONTENT: content, _SUM: files.checksum(json.dumps(content, sort_keys=True))}
+
+
+def _opened(document: dict) -> dict:
+    """What `_sealed` took. Raises ValueError where it is damaged; documents of earlier versions are not sealed."""
+    if set(document) != {_CONTENT, _SUM}:
+        if _SUM in document or _CONTENT in document:
+            raise ValueError("is not what was saved (no checksum)")
+        return document
+    if files.checksum(json.dumps(document[_CONTENT], sort_keys=True)) != document[_SUM]:
+        raise ValueError("is not what was saved (checksum)")
+    return document[_CONTENT]
+
+
+def _own(extra: dict) -> dict:
+    return {name: value for name, value in extra.items() if name != _ARRAYS}
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

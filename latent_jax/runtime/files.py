@@ -1,6 +1,7 @@
 """Files that are whole or absent, and where those are kept that are made once for all runs."""
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -14,11 +15,18 @@ from latent_jax.errors import UserError, os_error
 # No configuration, index or sidecar is near this size: more is another file under its name. Lists of records may be
 # larger (GQA's scene graphs), and their readers say so.
 MOST_JSON = 64 * 2**20
+PARTIAL = ".partial"  # ends the temporary name of a file that is being written
 
 
 def cache_directory() -> Path:
     """Where compiled programs and generated data are kept: $LATENT_JAX_CACHE, else ~/.cache/latent_jax."""
-    return Path(os.environ.get("LATENT_JAX_CACHE") or Path.home() / ".cache" / "latent_jax").absolute()
+    named = os.environ.get("LATENT_JAX_CACHE")
+    if not named:
+        try:
+            named = Path.home() / ".cache" / "latent_jax"
+        except RuntimeError:  # a user without HOME that the system does not know, as containers have them
+            named = Path(tempfile.gettempdir()) / f"latent_jax-{os.getuid()}"
+    return Path(named).absolute()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -72,9 +80,9 @@ def whole(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the block ends; where it raises, `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PARTIAL)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             # Without it a crash of the machine can leave the new name with no content behind it.
@@ -83,8 +91,33 @@ def whole(path: str | Path) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
+
+
+def clear_partial(directory: str | Path) -> None:
+    """Removes what `whole` was writing in `directory` when its process was killed. Nobody else may write there."""
+    for path in Path(directory).glob(f".*{PARTIAL}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError that knows no file (a write to one that is open) the name of this one."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = os.fspath(path)
+        raise
+
+
+def checksum(data: bytes | str) -> str:
+    """A short checksum of a small document that is read back: damage is noticed, nothing is kept secret."""
+    data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ waits for ever in a collective; started again with the same command they go on f
 import contextlib
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -148,6 +149,28 @@ def sync(name: str) -> None:
     """Returns once every host has come here, however long that takes; each place in the code has its own name."""
     if jax.process_count() > 1:
         _service().client.wait_at_barrier(f"latent_jax: {name}", timeout_in_ms=_WEEK)
+
+
+def agree(name: str, values: Mapping[str, str]) -> None:
+    """Raises UserError, on every host, where hosts came with different `values`: which key, and what two of them have.
+
+    Needs no device and no collective: hosts that were started differently could not even form one.
+    """
+    if jax.process_count() == 1:
+        return
+    client, mine = _service().client, jax.process_index()
+    client.key_value_set(f"latent_jax/{name}/{mine}", json.dumps(dict(values)))
+    theirs = [
+        json.loads(client.blocking_key_value_get(f"latent_jax/{name}/{host}", _WEEK))
+        for host in range(jax.process_count())
+    ]
+    for host, found in enumerate(theirs):
+        for key in {**theirs[0], **found}:
+            if theirs[0].get(key) != found.get(key):
+                raise UserError(
+                    f"{key}: host 0 has {theirs[0].get(key, 'none')}, host {host} has {found.get(key, 'none')}; "
+                    "expected the same command and the same installation on every host"
+                )
 
 
 def meet(mesh: Mesh) -> None:

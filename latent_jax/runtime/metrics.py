@@ -1,13 +1,13 @@
 """metrics.jsonl and TensorBoard events: one line a step, never torn, never twice."""
 
+import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from latent_jax.errors import UserError
+from latent_jax.runtime import files
 from latent_jax.runtime.events import EventWriter
 
 
@@ -18,19 +18,31 @@ class Metrics:
       workdir: gets metrics.jsonl and, with `tensorboard`, event files.
       resume_step: the step that was restored, 0 for a fresh start; later lines of an earlier life are removed.
       every: steps between lines, see `due`.
+      expected: what `checksum` was at resume_step; None where nobody knows.
       primary: False on all hosts but one: nothing is touched.
     """
 
     def __init__(
-        self, workdir: str | Path, resume_step: int = 0, every: int = 1, tensorboard: bool = True, primary: bool = True
+        self,
+        workdir: str | Path,
+        resume_step: int = 0,
+        every: int = 1,
+        tensorboard: bool = True,
+        primary: bool = True,
+        expected: str | None = None,
     ):
-        self.every, self._file, self._events = every, None, None
+        self.every, self._file, self._events, self._sum = every, None, None, hashlib.sha256()
         if not primary:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        truncate(path, resume_step)
+        self._sum.update(truncate(path, resume_step))
+        if expected is not None and path.exists() and self.checksum() != expected:
+            raise UserError(
+                f"{path}: its lines up to step {resume_step} are not those that the run wrote (checksum); restore the "
+                "file, or move it away to go on without them"
+            )
         # Line-buffered: a kill loses nothing of the steps before it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (held open for the run)
         if tensorboard:
@@ -50,11 +62,17 @@ class Metrics:
         """Writes one line, `step` first. Values are numbers or 0-d arrays; what is not finite becomes null."""
         if self._file is None:
             return
-        line = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        line = json.dumps({"step": step} | {name: _plain(value) for name, value in values.items()}) + "\n"
         # One write call for the whole line: two would let a kill fall between them.
-        self._file.write(json.dumps(line) + "\n")
+        with files.naming(self._file.name):
+            self._file.write(line)
+        self._sum.update(line.encode())
         if self._events is not None:
             self._events.write(step, values)
+
+    def checksum(self) -> str:
+        """Of every line that the file holds now."""
+        return self._sum.hexdigest()[:16]
 
     def close(self) -> None:
         """Flushes and lets go of the files."""
@@ -64,13 +82,13 @@ class Metrics:
         self._file = self._events = None
 
 
-def truncate(path: Path, step: int) -> None:
-    """Removes the lines after `step`, and a last line that a kill tore, in one replace.
+def truncate(path: Path, step: int) -> bytes:
+    """Removes the lines after `step`, and a last line that a kill tore, in one replace. Returns what stays.
 
     Raises UserError naming the file and line if another line is no JSON object with a `step`.
     """
     if not path.exists():
-        return
+        return b""
     lines, kept = path.read_bytes().splitlines(keepends=True), []
     for number, line in enumerate(lines, 1):
         try:
@@ -83,13 +101,10 @@ def truncate(path: Path, step: int) -> None:
             ) from None
         if at <= step and line.endswith(b"\n"):
             kept.append(line)
-    if len(kept) == len(lines):
-        return
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        file.writelines(kept)
-    os.chmod(temporary, path.stat().st_mode)
-    os.replace(temporary, path)
+    if len(kept) < len(lines):
+        with files.whole(path) as file:
+            file.writelines(kept)
+    return b"".join(kept)
 
 
 def read(path: str | Path) -> list[dict]:

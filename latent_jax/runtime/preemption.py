@@ -5,36 +5,66 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+
+from latent_jax.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class Asked:
+    """Calling it says whether this process was asked to stop; `number` is the signal that asked, or 0.
+
+    Once everything is saved (`at_once`) nothing is left to wait for: from then on a signal raises Stopped.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self._saved = ""
+
+    def __call__(self) -> bool:
+        return bool(self.number)
+
+    def at_once(self, doing: str) -> None:
+        """From here on a signal ends the run where it is, in what `doing` names. One that came before counts too."""
+        self._saved = doing
+        if self.number:
+            self._stop()
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.number:
+            # Not sys.exit: a save that hangs would hang this too. 128 + n is the shell's word for "ended by signal n".
+            os._exit(128 + number)
+        self.number = number
+        if self._saved:
+            self._stop()
+        _say(f"{signal.Signals(number).name}: saving a checkpoint after this step; again to stop at once")
+
+    def _stop(self) -> None:
+        _say(f"{signal.Signals(self.number).name}: stopped during {self._saved}; the same command goes on from there")
+        raise Stopped(self.number)
+
+
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether this process was asked to stop. The earlier handlers come back at the end.
+def watch() -> Iterator[Asked]:
+    """Listens as long as the block runs. The earlier handlers come back at the end.
 
     Only a main thread can listen; elsewhere the answer is always False.
     """
-    asked = threading.Event()
-
-    def handle(number, _frame):
-        if asked.is_set():
-            # Not sys.exit: a save that hangs would hang this too. 128 + n is the shell's word for "ended by signal n".
-            os._exit(128 + number)
-        asked.set()
-        name = signal.Signals(number).name
-        # os.write: a print may be interrupted in the middle of another print, which is an error.
-        os.write(
-            sys.stderr.fileno(), f"\n{name}: saving a checkpoint after this step; again to stop at once\n".encode()
-        )
-
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
-    earlier = {number: signal.signal(number, handle) for number in _SIGNALS}
+    earlier = {number: signal.signal(number, asked._handle) for number in _SIGNALS}
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _say(line: str) -> None:
+    # os.write: a print may be interrupted in the middle of another print, which is an error. A stream that is closed
+    # or full is no reason to fail.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())

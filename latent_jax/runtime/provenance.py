@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 _PACKAGES = ("latent_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
@@ -35,3 +36,13 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ended.stdout.strip() if ended.returncode == 0 else None
+
+
+def changes(found: Mapping) -> list[str]:
+    """A line for each package, and the commit, that is another than in a run's config.json."""
+    then, now = found.get("versions") or {}, versions()
+    lines = [f"{name} {then[name]} -> {now.get(name, 'none')}" for name in then if then[name] != now.get(name)]
+    commits = found.get("git_commit"), git_commit()
+    if None not in commits and commits[0] != commits[1]:
+        lines.append(f"commit {commits[0][:12]} -> {commits[1][:12]}")
+    return [f"not as this run began: {', '.join(lines)}; numbers may differ by rounding, or more"] if lines else []

@@ -237,12 +237,28 @@ def test_nothing_but_broken_records_is_an_error(codec):
         make([(records(2), 1.0), (records(2), 0.0)], codec)
 
 
-def test_a_programming_error_is_not_taken_for_a_broken_record(codec):
+def test_a_programming_error_meets_every_record_and_ends_the_run_with_its_place(codec):
     def fails(record, index):
         raise KeyError("captoins")
 
-    with pytest.raises(KeyError, match="captoins"):
-        next(make(records(3), codec, layout_fn=fails))
+    with pytest.raises(UserError, match=r"no usable record: .*KeyError: 'captoins' \(test_pipeline.py:\d+\)"):
+        next(make(records(3), codec, layout_fn=fails, epochs=1))
+
+
+@pytest.mark.parametrize(
+    "problem", [AttributeError("'int' object has no attribute 'x'"), ValueError("bad\nheader"), OSError("cut")]
+)
+def test_whatever_a_record_raises_it_is_skipped_and_counted_with_its_key(codec, problem):
+    def fails(record, index):
+        if record["key"] == "r1":
+            raise problem
+        return layout(record, index)
+
+    iterator = make(records(9), codec, layout_fn=fails, epochs=1)
+    list(iterator)
+    assert iterator.skipped == 1
+    (told,) = iterator.get_state()["broken"]
+    assert told.startswith(f"record 'r1': {type(problem).__name__}: {' '.join(str(problem).split())} (")
 
 
 def test_no_thread_outlives_its_iterator(codec):

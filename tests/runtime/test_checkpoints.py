@@ -93,7 +93,7 @@ def test_errors_name_what_is_wrong(saved, state):
     with Checkpoints(saved, read_only=True) as checkpoints:
         with pytest.raises(UserError, match="no checkpoint of step 11; there are 10, 15"):
             checkpoints.restore(11, abstract(state))
-        with pytest.raises(UserError, match=r"15: no item 'weights'; the checkpoint holds .*params"):
+        with pytest.raises(UserError, match=r"15/weights: no item 'weights'; the checkpoint holds .*params"):
             checkpoints.restore_item(None, "weights")
         wrong = {"matrix": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16), "blocks": state["params"]["blocks"]}
         with pytest.raises(UserError, match=r"params\.matrix is \(8, 8\) in the checkpoint, expected \(8, 4\)"):
