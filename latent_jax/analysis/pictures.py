@@ -120,7 +120,9 @@ def _thumbnail(record: dict) -> Image.Image:
     except UserError:  # its size was right, so it has a latent; an empty place says the rest
         return Image.new("RGB", (_THUMB, _THUMB), _RULE)
     scale = _THUMB / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    return image.resize(
+        [max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=2.0
+    )
 
 
 # ---------------------------------------------------------------- curves
