@@ -8,7 +8,8 @@ r"""Supervised fine-tuning on questions about images: the loss is on the answers
 The first fine-tunes the embedded model, or what latent pretraining made of it, on the embedded questions. A variant may
 end in `_imagine` (or be just `imagine`): the model then predicts latents after each question and answers over them
 (docs/methods.md); after published pretraining add --config.latent.grid=12. The published sizes have not been run at
-full size yet.
+full size yet. It ends with an HF checkpoint; what it can do says an evaluation (configs/evaluate.py) of WORKDIR/hf, for
+`_imagine` of WORKDIR with --config.evaluate.imagine=true.
 """
 
 from latent_jax.config import default

@@ -64,7 +64,14 @@ def command(main: Callable) -> Callable:
 
 
 def begin_command() -> None:
-    """Before a command's imports: Ctrl-C during them is one line too, and standard error may fail without harm."""
+    """Before a command's imports: Ctrl-C during them is one line too, and standard error may fail without harm.
+
+    XLA and transformers read from the environment how much they say. XLA's warnings are about its own work (a buffer
+    that is larger than a heap of `devices.compiler_options`, one line each) and its errors are still said;
+    transformers advises to install torch, which nothing but comparisons needs.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     hook = sys.excepthook
 
     def say(kind, value, trace):

@@ -14,6 +14,7 @@ it was. It ends with a table of means over seeds with 95 % intervals, in `table.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     seeds, extra = [int(seed) for seed in options.seeds.split(",")], settings(options.set)
     shares = SHARES if options.what == "data_efficiency" else (1.0,)
     found = []
+    if len(shares) > 1:
+        drawable()  # said before the hours, not only after them
     for seed in seeds:
         for arm in ARMS:
             model = pretrained(options.workdir, arm, seed, extra)
@@ -69,8 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     lines = table(found, shares)
     (options.workdir / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if len(shares) > 1:
+    if len(shares) > 1 and drawable():
         draw(options.workdir, found)
+
+
+def drawable() -> bool:
+    """Whether matplotlib is here; where it is not, says so: the table is worth having without pictures."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        print("no pictures: they need matplotlib (pip install latent_jax[plots])", file=sys.stderr, flush=True)
+    return found
 
 
 def draw(workdir: Path, found: list[dict]) -> None:

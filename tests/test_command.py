@@ -125,3 +125,21 @@ def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stderr=full, stdout=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
+
+
+def test_a_command_is_spared_what_libraries_say_of_themselves(monkeypatch):
+    """XLA warns once for each buffer that is larger than a heap; transformers that torch is missing."""
+    program = (
+        "import latent_jax, jax, transformers.utils.logging as logging\n"
+        "wide = jax.numpy.ones((300, 300))\n"
+        "options = {'xla_multiheap_size_constraint_per_heap': 1024}\n"
+        "jax.jit(lambda x: jax.numpy.tanh(x @ x) @ x @ x, compiler_options=options)(wide).block_until_ready()\n"
+        "logging.get_logger('transformers').warning_advice('no torch')\n"
+    )
+    begun = "import latent_jax.command as c; c.begin_command()\n" + program
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    said = [subprocess.run([sys.executable, "-c", p], capture_output=True, text=True).stderr for p in (program, begun)]
+    assert "larger than the per-heap size limit" in said[0] and "no torch" in said[0]
+    assert said[1] == ""

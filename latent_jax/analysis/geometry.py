@@ -64,7 +64,9 @@ def informative(target: Float[np.ndarray, "... D"]) -> Bool[np.ndarray, "..."]:
 
     Otsu (1979) takes the split into two classes with the largest variance between them. Logarithms, because the classes
     are a factor apart (about 5 on scenes) however few informative cells there are. It always splits: where the norms
-    form one class only, the two means of `content_cosine` just describe its halves. All True if all norms are equal.
+    form one class only, as those of photos may, the two means of `content_cosine` just describe its halves: the cells
+    that are far from the mean latent and those near it, not cells with and without content. All True if all norms are
+    equal.
     """
     norms = _norm(target)
     largest = norms.max(initial=0.0)
@@ -116,6 +118,19 @@ def retrieval_recall(
     count = len(predicted)
     recall = {f"recall@{k}": float(hits[k] / count) for k in at}
     return recall | {f"chance@{k}": min(k, count) / count for k in at}
+
+
+def nearest(
+    predicted: Float[np.ndarray, "n S D"], target: Float[np.ndarray, "E S D"], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of the first n examples' predictions, the `count` targets of all E that are nearest by the cosine of all
+    slots together: (indices (n, count), their cosines (n, count), the place of its own target (n,), from 1; of equal
+    ones the own target comes last)."""
+    flat, targets = (_unit(x.reshape(len(x), -1)) for x in (predicted, target))
+    cosine = flat @ targets.T
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
+    places = (cosine >= np.diagonal(cosine)[:, None] - TIE).sum(axis=1)
+    return order, np.take_along_axis(cosine, order, axis=1), places
 
 
 def latent_geometry(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndarray, "E S D"]) -> dict[str, float]:

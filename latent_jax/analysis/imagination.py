@@ -8,6 +8,7 @@ latents, over the mean latent, over the latents of a head that was never trained
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from latent_jax import generate
+from latent_jax.analysis import pictures
 from latent_jax.analysis.geometry import latent_geometry
 from latent_jax.data import budgeting, pipeline, sources
 from latent_jax.data.chat import Codec
@@ -25,6 +27,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files
+from latent_jax.runtime.progress import Progress
 from latent_jax.settings import mixture
 
 ARMS = ("imagined", "true latents", "mean latents", "untrained head", "caption as text")
@@ -38,7 +41,8 @@ def caption_layouts(records: Sequence[dict], config) -> list[Layout]:
 
 
 def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[str], None]) -> dict[str, float]:
-    """Reports on the held-out split, prints a table and writes `imagination.json` into the workdir.
+    """Reports on the held-out split: says a table, what its words mean and what to try next, and writes
+    `imagination.json` and two pictures into the workdir.
 
     Where the data has no such split, says so and reports nothing.
     """
@@ -59,10 +63,24 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     # The block of full attention is as long as the longest image of these records, not of the training data.
     data = dataclasses.replace(config.data, image_patches=budgets.image_patches)
     batches = list(pipeline.batches(examples, budgets))
-    found = report(model, batches, records, dataclasses.replace(config, data=data), codec)
-    found = {"examples": len(records), "split": config.evaluate.split, **found}
+    config = dataclasses.replace(config, data=data)
+    finished, seen = 0, []
+    with Progress(_work(records), 0, config.log.progress, unit="example", title="report") as shown:
+
+        def tick(count: int) -> None:
+            nonlocal finished
+            finished += count
+            shown.update(finished, {})
+
+        found = report(model, batches, records, config, codec, tick, lambda *both: seen.extend(both))
+    name = mixture(config.data.name)[0][0]
+    found = {"examples": len(records), "split": config.evaluate.split, "data": name, **found}
     files.write_text(directory / "imagination.json", json.dumps(found, indent=2) + "\n")
-    for line in table(found):
+    made, failed = pictures.draw(directory, records, *seen, f"split {config.evaluate.split} of {name}")
+    lines = [*table(found), *legend(found), *failed]
+    if made:
+        lines += [f"pictures: {', '.join(str(directory / name) for name in made)}"]
+    for line in [*lines, *advice(records[0], config, directory)]:
         say(line)
     return found
 
@@ -110,10 +128,11 @@ def _held_out_names(config) -> list[str]:
 def table(found: dict[str, float]) -> list[str]:
     """The report for a person to read."""
     get = found.__getitem__
+    far, near = _classes(found)
     lines = [
         f"held-out {get('split')}: {get('examples')} captions, latents predicted from words alone",
-        f"  cosine to the true latent: informative cells {get('cosine/informative'):.3f}, "
-        f"empty cells {get('cosine/empty'):.3f}; to another image's {get('cosine/shuffled'):.3f}",
+        f"  cosine to the true latent: {far} {get('cosine/informative'):.3f}, "
+        f"{near} {get('cosine/empty'):.3f}; to another image's {get('cosine/shuffled'):.3f}",
         f"  effective rank: predicted {get('effective_rank/predicted'):.1f}, "
         f"true {get('effective_rank/target'):.1f}; norm ratio {get('norm_ratio'):.3f}",
         f"  text -> image retrieval: recall@1 {get('retrieval/recall@1'):.3f} "
@@ -126,23 +145,95 @@ def table(found: dict[str, float]) -> list[str]:
     return lines
 
 
+def _classes(found: dict[str, float]) -> tuple[str, str]:
+    """What the two classes of `geometry.informative` are: only of scenes is it known that one of them is empty."""
+    scenes = str(found.get("data", "scenes")).startswith("scenes")
+    return ("informative cells", "empty cells") if scenes else ("cells far from the mean latent", "cells near it")
+
+
+def legend(found: dict[str, float]) -> list[str]:
+    """What the words of `table` mean, for someone who sees them for the first time."""
+    far, _ = _classes(found)
+    lines = [
+        "what this says:",
+        "  cosine             1 = the predicted latent has the true one's direction, 0 = unrelated; should be well",
+        "                     above that to another image's, which what suits every image alike would get",
+    ]
+    if far.startswith("informative"):
+        lines += [
+            "  informative cells  true latents far from the mean latent: there are objects; empty cells: near it",
+        ]
+    else:
+        lines += [
+            "  far, near          cells of the image's grid by how far their true latents are from the mean; the",
+            "                     border is found from these distances (Otsu's threshold)",
+        ]
+    lines += [
+        "  effective rank     in how many directions latents differ; 1 = all alike; far below the true one = collapsed",
+        "  norm ratio         length of predicted over true latents; below 1 = hedged between several possible images",
+        "  recall@k           how often a caption's own image is among the k nearest to what was imagined from it",
+    ]
+    if "probe/questions" in found:
+        lines += [
+            "  imagined           questions about an image that is not there: latents predicted from its description",
+            "                     stand in for it. Most to expect: what true latents give. Mean latents (equal for all",
+            "                     images) and an untrained head (random weights) give what guessing gives",
+            "  caption as text    the description in words instead. The embedded model has only been asked about",
+            "                     images, never about words: a few percent there are no fault of this run",
+        ]
+    return lines
+
+
+def advice(record: dict, config, directory: Path) -> list[str]:
+    """What to try next: commands as they can be typed."""
+    told = _plain(record["captions"][0])[:200]
+    asked = record["questions"][0] if record["questions"] else {"question": "Describe the image."}
+    words = (f"--model={directory}", f"--imagine={told}", f"--prompt={_plain(asked['question'])}")
+    right = f"  # right: {_plain(asked['answer'])}" if "answer" in asked else ""
+    lines = ["try next:", f"  python -m latent_jax.generate {' '.join(map(shlex.quote, words))}{right}"]
+    if config.checkpoint.export and record["questions"]:
+        path = shlex.quote(f"--config.model.path={directory / 'hf'}")
+        lines += [f"  python -m latent_jax.main --config=configs/finetune.py --workdir=runs/finetune {path}"]
+    return lines
+
+
+def _plain(text: str) -> str:
+    """In one line, without what a terminal would take as a command."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+def _work(records: Sequence[dict]) -> int:
+    """How many examples `report` passes through the model: the captions, and those with questions for the probe."""
+    asked = sum(bool(record["questions"]) for record in records)
+    return len(records) * (2 if asked else 1) + len(ARMS) * asked
+
+
 def report(
-    model: LatentVLM, batches: Sequence[dict], records: Sequence[dict], config, codec: Codec
+    model: LatentVLM,
+    batches: Sequence[dict],
+    records: Sequence[dict],
+    config,
+    codec: Codec,
+    tick: Callable[[int], None] = lambda _: None,
+    see: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Everything that is known about a model's imagination on held-out records, as {name: value}.
 
     Args:
       batches: the packed `caption_layouts` of the records, in order.
       records: hold captions[0], the full description; those that hold questions too are probed.
+      tick: is told how many more examples have passed through the model (of `_work`).
+      see: gets the captions' (predicted, target) latents (E, S, Z).
 
     The keys are those of `geometry.latent_geometry`; `probe/ARM`, accuracies in percent; `probe/questions`, how many.
     """
-    predicted, target = latents(model, batches, config)
+    predicted, target = latents(model, batches, config, tick)
+    see(predicted, target)
     found = latent_geometry(predicted, target)
     asked = [at for at, record in enumerate(records) if record["questions"]]
     if not asked:
         return found
-    guessed, _ = latents(untrained(model, config), batches, config)
+    guessed, _ = latents(untrained(model, config), batches, config, tick)
     given = {
         "imagined": predicted[asked],
         "true latents": target[asked],
@@ -154,15 +245,17 @@ def report(
 
     def correct(z):
         inputs = pretrain.as_inputs(model.vlm, model.head.restore(jnp.asarray(z)), config.latent)
-        return answers(model, examples, inputs)
+        return answers(model, examples, inputs, tick)
 
     hits = {arm: correct(z) for arm, z in given.items()}
-    hits["caption as text"] = answers(model, [codec.lay_out(layout) for layout in over_text], None)
+    hits["caption as text"] = answers(model, [codec.lay_out(layout) for layout in over_text], None, tick)
     found |= {f"probe/{arm}": 100 * float(right.mean()) for arm, right in hits.items()}
     return found | {"probe/questions": float(len(hits["imagined"]))}
 
 
-def latents(model: LatentVLM, batches: Iterable[dict], config) -> tuple[np.ndarray, np.ndarray]:
+def latents(
+    model: LatentVLM, batches: Iterable[dict], config, tick: Callable[[int], None] = lambda _: None
+) -> tuple[np.ndarray, np.ndarray]:
     """(predicted, target) standardised latents (E, S, Z) of packed caption examples, in data order."""
     run = jax.jit(lambda model, batch: pretrain.forward(model, batch, config)[1:])
     rows = []
@@ -170,6 +263,7 @@ def latents(model: LatentVLM, batches: Iterable[dict], config) -> tuple[np.ndarr
         for micro in range(len(batch["tokens"])):
             one = {key: value[micro] for key, value in batch.items()}
             rows.append([np.asarray(x)[one["latent_mask"]] for x in run(model, one)])
+            tick(len(rows[-1][0]))
     predicted, target = zip(*rows, strict=True)
     return np.concatenate(predicted), np.concatenate(target)
 
@@ -193,7 +287,12 @@ def probe_layouts(records: Sequence[dict], latent: pretrain.Latent, codec: Codec
     return over_latents, over_text
 
 
-def answers(model: LatentVLM, examples: Sequence[Example], given: jax.Array | None) -> np.ndarray:
+def answers(
+    model: LatentVLM,
+    examples: Sequence[Example],
+    given: jax.Array | None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
     """Whether each question's answer is what greedy decoding would say, questions in order, bool.
 
     One forward pass: an answer is decoded whole if and only if every one of its tokens, the end of turn included, is
@@ -212,6 +311,7 @@ def answers(model: LatentVLM, examples: Sequence[Example], given: jax.Array | No
             wrong = (row[: len(example.tokens)] != example.targets) & (example.loss_weights > 0)
             asked = np.unique(example.view_ids[example.loss_weights > 0])
             correct += [not wrong[example.view_ids == view].any() for view in asked]
+        tick(count)
     return np.array(correct, bool)
 
 

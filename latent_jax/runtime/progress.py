@@ -21,21 +21,36 @@ class Progress:
 
     Args:
       total: steps of the whole run; first: the step it starts from (restored steps are no work of this process).
-      unit: what a step is called.
+      unit: what a step is called; title: what stands before it.
       enabled: False shows no progress (`log.progress`); what is said is said all the same.
       mute: says nothing either (every host but the first).
     """
 
     def __init__(
-        self, total: int, first: int = 0, enabled: bool = True, stream=None, unit: str = "step", mute: bool = False
+        self,
+        total: int,
+        first: int = 0,
+        enabled: bool = True,
+        stream=None,
+        unit: str = "step",
+        mute: bool = False,
+        title: str = "",
     ):
-        self._unit, self._total, self._first = unit, total, first
+        self._unit, self._total, self._first, self._title = unit, total, first, f"{title}: " if title else ""
         self._enabled, self._mute = enabled and not mute, mute
         self._stream = stream or sys.stderr
         self._started, self._told = time.monotonic(), None
         terminal = self._enabled and self._stream.isatty()
         self._bar = (
-            tqdm(total=total, initial=first, file=self._stream, unit=unit, dynamic_ncols=True, smoothing=0.05)
+            tqdm(
+                total=total,
+                initial=first,
+                file=self._stream,
+                unit=unit,
+                desc=title or None,
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
             if terminal
             else None
         )
@@ -47,18 +62,21 @@ class Progress:
         self.close()
 
     def update(self, step: int, values: Mapping) -> None:
-        """Says that `step` steps are finished. Of `values`, those of `_SHOWN` are shown."""
+        """Says that `step` steps are finished. Of `values`, those of `_SHOWN` are shown. After the last one the bar is
+        left as it stands: what follows (a checkpoint, an export, a report) is no work of these steps."""
         if not self._enabled:
             return
         shown = _summary(values)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
+            if step >= self._total:
+                self.close()
             return
         now = time.monotonic()
         if self._told is None or step >= self._total or now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
-            self.say(f"{self._unit} {step}/{self._total}  {shown}  left {self._left(step, now)}")
+            self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}  left {self._left(step, now)}")
 
     def say(self, line: str) -> None:
         """Prints a line without breaking the bar, shown or not."""
@@ -73,6 +91,7 @@ class Progress:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _left(self, step: int, now: float) -> str:
         done = step - self._first

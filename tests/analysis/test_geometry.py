@@ -142,3 +142,12 @@ def test_latent_geometry_gathers_it_all():
     perfect = geometry.latent_geometry(target, target)
     assert perfect["retrieval/recall@1"] == pytest.approx(1)
     assert perfect["effective_rank/predicted"] == perfect["effective_rank/target"]
+
+
+def test_nearest_targets_and_the_place_of_the_own_one():
+    target = np.eye(4)[:, None, :] + 0.0
+    predicted = np.array([[3.0, 2, 1, 0], [2.0, 1, 0, 0]])[:, None, :]
+    order, cosine, places = geometry.nearest(predicted, target, 2)
+    assert order.tolist() == [[0, 1], [0, 1]] and places.tolist() == [1, 2]
+    np.testing.assert_allclose(cosine[0], np.array([3, 2]) / 14**0.5)
+    assert geometry.nearest(np.ones((1, 1, 4)), target, 4)[2].tolist() == [4], "collapsed: no better than last"

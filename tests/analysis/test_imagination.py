@@ -1,6 +1,7 @@
 """The report on imagination: its probe answers as the facade decodes, for every arm, with and without latents."""
 
 import dataclasses
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from latent_jax.analysis import imagination
+from latent_jax.analysis import geometry, imagination
 from latent_jax.data import budgeting, pipeline
 from latent_jax.methods import pretrain
 from latent_jax.models.weights import Structure
@@ -107,11 +108,52 @@ def test_report_has_every_arm_and_the_geometry(facade, records):
     examples = [facade.codec.lay_out(layout) for layout in imagination.caption_layouts(records, config)]
     budgets = budgeting.choose(examples, batch_size=4, window_patches=16, slots=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
-    found = imagination.report(facade.model, list(pipeline.batches(examples, budgets)), records, config, facade.codec)
+    batches, ticks, seen = list(pipeline.batches(examples, budgets)), [0], []
+
+    def tick(count):
+        ticks.append(ticks[-1] + count)
+
+    found = imagination.report(
+        facade.model, batches, records, config, facade.codec, tick, lambda *both: seen.extend(both)
+    )
+    assert [len(x) for x in seen] == [len(records)] * 2
+    assert found["cosine/matched"] == pytest.approx(geometry.matched_cosine(*seen))
     assert {f"probe/{arm}" for arm in imagination.ARMS} <= found.keys()
     assert found["probe/questions"] == 2 * COUNT
     assert found["probe/imagined"] == pytest.approx(100 * np.mean(over_imagined(facade, records)))
     assert found["probe/caption as text"] == pytest.approx(100 * np.mean(over_text(facade, records)))
     assert all(np.isfinite(value) for value in found.values())
+    assert ticks[-1] == imagination._work(records) == 2 * (COUNT + 1) + 5 * COUNT
     table = "\n".join(imagination.table({"examples": len(records), "split": "validation", **found}))
     assert all(arm in table for arm in imagination.ARMS) and "held-out validation: 7 captions" in table
+
+
+def test_a_legend_explains_each_word_and_photos_have_no_empty_cells(facade, records):
+    numbers = dict.fromkeys(
+        ("cosine/informative", "cosine/empty", "cosine/shuffled", "effective_rank/predicted", "effective_rank/target")
+        + ("norm_ratio", *(f"retrieval/{kind}@{k}" for kind in ("recall", "chance") for k in (1, 5))),
+        0.5,
+    )
+    found = {"examples": 7, "split": "validation", "data": "coco_captions", **numbers}
+    said = "\n".join(imagination.table(found) + imagination.legend(found))
+    assert "empty" not in said and "probe" not in said and "cells far from the mean latent 0.500" in said
+    probed = found | {"data": "scenes", "probe/questions": 3.0} | {f"probe/{arm}": 1.0 for arm in imagination.ARMS}
+    said = "\n".join(imagination.legend(probed))
+    words = ("informative cells", "empty cells", "effective rank", "norm ratio", "recall@k", *imagination.ARMS[1:])
+    assert all(word in said.lower() for word in words if word != "caption as text") and "caption as text" in said
+    assert max(len(line) for line in said.splitlines()) <= 120
+
+
+def test_advice_is_commands_that_a_shell_takes(records, tmp_path):
+    config = small.config()
+    record = records[0] | {"captions": ['a dog\'s "red" $HOME `ball`;\nrm x']}
+    generate, finetune = (line.strip() for line in imagination.advice(record, config, tmp_path)[1:])
+    words = shlex.split(generate, comments=True)
+    assert words[:4] == ["python", "-m", "latent_jax.generate", f"--model={tmp_path}"]
+    assert words[4:] == [
+        '--imagine=a dog\'s "red" $HOME `ball`; rm x',
+        f"--prompt={record['questions'][0]['question']}",
+    ]
+    assert f"--config.model.path={tmp_path}/hf" in shlex.split(finetune)
+    plain = imagination.advice(record | {"questions": []}, config, tmp_path)
+    assert len(plain) == 2 and "#" not in plain[1]

@@ -56,6 +56,13 @@ def test_data_efficiency_ends_with_pictures(ran, tmp_path):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
 
 
+def test_without_matplotlib_the_table_is_there_and_it_is_said_first(ran, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    experiment.main(["data_efficiency", f"--workdir={tmp_path}", "--seeds=0"])
+    assert (tmp_path / "table.md").exists() and not list(tmp_path.glob("*.png"))
+    assert capsys.readouterr().err.startswith("no pictures: they need matplotlib")
+
+
 def test_a_failed_command_ends_it(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "execute", lambda command: 2)
     with pytest.raises(SystemExit, match="ended with 2; the next start goes on from here"):

@@ -55,3 +55,20 @@ def test_disabled_is_silent_but_still_says_what_must_be_said():
     assert stream.getvalue() == ""
     shown.say("saved")
     assert stream.getvalue() == "saved\n"
+
+
+def test_after_the_last_step_the_bar_is_left_alone():
+    stream = Terminal()
+    with Progress(2, stream=stream) as shown:
+        shown.update(1, VALUES)
+        shown.update(2, VALUES)
+        done = stream.getvalue()
+        assert done.endswith("\n") and "2/2" in done
+        shown.say("HF checkpoint")
+    assert stream.getvalue() == done + "HF checkpoint\n"
+
+
+def test_a_title_stands_before_the_unit_in_a_file_and_before_the_bar():
+    options = {"unit": "example", "title": "report"}
+    assert run(io.StringIO(), 1, **options).startswith("report: example 1/1 ")
+    assert "report: " in run(Terminal(), 1, **options)
