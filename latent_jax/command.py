@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from latent_jax.errors import Stopped, UserError, one_line, os_error
+from latent_jax.errors import Stopped, UserError, one_line, os_error, say_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,12 +85,6 @@ def begin_command() -> None:
     sys.excepthook = say
     if not isinstance(sys.stderr, _Tolerant):
         sys.stderr = _Tolerant(sys.stderr)
-
-
-def say_line(line: str) -> None:
-    """Prints a line on standard error; a stream that is closed or full is no reason to fail."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _end(status: int, line: str) -> NoReturn:

@@ -1,6 +1,8 @@
 """The one exception that stands for a mistake in what the user gave us, and messages in one line."""
 
+import contextlib
 import os
+import sys
 
 
 class UserError(Exception):
@@ -26,3 +28,9 @@ def os_error(problem: OSError) -> str:
     """One line for what the operating system refused: the file first, where it is known."""
     reason = problem.strerror or one_line(problem) or type(problem).__name__
     return f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
+
+
+def say_line(line: str) -> None:
+    """Prints a line on standard error; a stream that is closed or full is no reason to fail."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)

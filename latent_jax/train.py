@@ -212,8 +212,8 @@ def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[Tr
             continue
         if damaged and not setup.config.checkpoint.fallback:
             raise UserError(
-                f"{damaged[0]}. The newest whole checkpoint is of step {step}: --config.checkpoint.fallback=true moves "
-                f"the damaged to {directory / DAMAGED} and goes on from there"
+                f"{damaged[0]}. The newest whole checkpoint is of step {step}: "
+                f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into {directory / DAMAGED}; or remove the damaged step yourself"
             )
         return *found, _set_aside(checkpoints, step, directory)
     if damaged:

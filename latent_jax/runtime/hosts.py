@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, os_error, say_line
 from latent_jax.runtime import sharding
 
 # How long a host that ends waits for the others to end too, before it leaves them to find out (seconds).
@@ -88,15 +89,34 @@ def _initialise(settings) -> tuple[int, int]:
         )
     elif settings.cluster not in ("auto", "tpu"):  # of TPUs jax knows several environments, and tells them apart
         given |= {"cluster_detection_method": settings.cluster}
+    # Where jax's own patience ends, it aborts the process from C++. Ours ends first, in one line.
+    alone = threading.Timer(settings.start_timeout, _nobody_came, [settings])
+    alone.daemon = True
+    alone.start()
     try:
-        jax.distributed.initialize(initialization_timeout=settings.start_timeout, **given)
+        jax.distributed.initialize(initialization_timeout=settings.start_timeout + _FAREWELL, **given)
     except (ValueError, RuntimeError) as problem:
         raise UserError(f"config.hosts: the hosts did not find each other: {str(problem).splitlines()[0]}") from None
+    finally:
+        alone.cancel()
     return _service().process_id, _service().num_processes
+
+
+def _nobody_came(settings) -> NoReturn:
+    of = f" of {settings.count} at {settings.coordinator}" if settings.coordinator else ""
+    say_line(
+        f"error: config.hosts: the hosts{of} did not find each other within {settings.start_timeout} s "
+        "(config.hosts.start_timeout); expected every one of them to be started with the same coordinator and count"
+    )
+    os._exit(2)
 
 
 def _end(problem: BaseException, where: str, herald: "_Herald") -> NoReturn:
     """Says why this host ends, gives the others a moment to end for the same reason, and ends."""
+    if isinstance(problem, OSError):
+        problem = UserError(os_error(problem))
+    if isinstance(problem, KeyboardInterrupt):
+        problem = SystemExit(130)
     status = 2 if isinstance(problem, UserError) else problem.code if isinstance(problem, SystemExit) else 1
     if isinstance(problem, UserError):
         print(f"error: {where}: {problem}", file=sys.stderr)
