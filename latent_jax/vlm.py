@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Image, Layout
 from latent_jax.errors import UserError
+from latent_jax.fields import check, shown
 from latent_jax.methods import pretrain
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
+from latent_jax.runtime.files import read_json
 from latent_jax.workdir import Run, is_workdir, place, split
 
 Messages = Sequence[dict[str, Any]]
@@ -96,10 +98,12 @@ class VLM:
         latents: str = "own",
     ) -> list[list[int]]:
         """As `generate`: the new token ids of each conversation, the one that ended it included."""
+        max_new_tokens = generate.check_new_tokens(max_new_tokens)
+        generate.check_sampling(temperature, top_p, seed)
+        if not isinstance(conversations, list | tuple):
+            raise UserError(f"conversations: {shown(conversations)}; expected a list of conversations")
         if not conversations:
             return []
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         examples, given, _ = self.prompts(conversations, latents, seed)
         return generate.answers(
             self.copies or (self.model.vlm,),
@@ -159,8 +163,10 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
 
     Raises UserError.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"model: got {shown(path)}, expected a directory or a hub id")
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+        raise UserError(f"dtype: got {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     wanted = DTYPES.get(dtype)
     if path and is_workdir(path):
         run = Run.of(path)
@@ -194,9 +200,12 @@ def eos_ids(directory: Path, tokenizer) -> tuple[int, ...]:
     """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        found = read_json(file).get("eos_token_id") if file.exists() else None
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+            ids = check(f"{file}: eos_token_id", found, int | tuple[int, ...], dict(low=0, high=2**31 - 1))
+            if ids == ():
+                raise UserError(f"{file}: eos_token_id is empty, expected at least one id")
+            return ids if isinstance(ids, tuple) else (ids,)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
     return (tokenizer.eos_token_id,)
