@@ -20,6 +20,7 @@ from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io, lora
 from latent_jax.models.heads import LatentVLM
+from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import files, flops, hosts, preemption, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
@@ -147,9 +148,11 @@ def _shape_file(config, origin: Path) -> Path:
 def keep_origin(config, origin: Path, directory: Path) -> None:
     """Keeps in a new workdir what its exports need of the checkpoint it starts from; of a preset, its shape."""
     kept = directory / workdir.ORIGIN
-    if hosts.primary() and not kept.exists():
-        hf_export.keep_origin(origin, kept)
-        files.write_text(kept / "config.json", _shape_file(config, origin).read_text())
+    if hosts.primary() and kept.exists():
+        check_origin(kept)
+    elif hosts.primary():
+        limits = dict(min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+        hf_export.keep_origin(origin, kept, shape=_shape_file(config, origin), **limits)
     hosts.sync("the first host has kept the origin")
 
 
