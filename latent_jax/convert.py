@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
+from latent_jax.models.card import Card
 from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.runtime import provenance
 from latent_jax.workdir import Run, is_workdir, named_step, split
 
 
@@ -75,7 +77,27 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
     run = Run.of(workdir)
     vlm, head = split(run.arrays(step))
     latent = (head, run.latent()) if head else None
-    hf_export.save(output, vlm, run.model_config, source=run.origin, dtype=dtype and jnp.dtype(dtype), latent=latent)
+    hf_export.save(
+        output,
+        vlm,
+        run.model_config,
+        source=run.origin,
+        dtype=dtype and jnp.dtype(dtype),
+        latent=latent,
+        card=card(run.config, run.newest() if step is None else step, {}).text(bool(head)),
+    )
+
+
+def card(config, steps: int, numbers: dict[str, float]) -> Card:
+    """What an export's README.md tells of a run."""
+    return Card(
+        base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
+        method=config.method,
+        data=f"{config.data.name} ({config.data.split})",
+        steps=steps,
+        numbers=numbers,
+        versions=provenance.versions(),
+    )
 
 
 if __name__ == "__main__":

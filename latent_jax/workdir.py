@@ -62,6 +62,11 @@ class Run:
             raise UserError(f"{self.directory}: the checkpoint lacks {sorted(missing)[0]}, which its config asks for")
         return lora.merge(found, self.config.model.lora_rank, self.config.model.lora_alpha)
 
+    def newest(self) -> int:
+        """The newest checkpoint's step."""
+        with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
+            return checkpoints.latest() or 0
+
     def latent(self) -> dict | None:
         """The latent section of the config, which an export keeps beside its head."""
         section = getattr(self.config, "latent", None)
