@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
+from latent_jax.models.card import Card
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.workdir import CHECKPOINTS, Run, is_workdir, split
+from latent_jax.runtime import provenance
+from latent_jax.workdir import Run, is_workdir, named_step, split
 
 
 @command
@@ -42,11 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:
     """Writes `output` from whichever of the three that `checkpoint` is. Raises UserError where it is none of them."""
     hf_export.check_replaceable(output)  # before anything large is read
-    path = Path(checkpoint).resolve()
-    if path.parent.name == CHECKPOINTS and path.name.isdigit():
-        if step not in (None, int(path.name)):
+    path, (workdir, named) = Path(checkpoint).resolve(), named_step(checkpoint)
+    if named is not None:
+        if step not in (None, named):
             raise UserError(f"--step={step}: --checkpoint={checkpoint} already names a step")
-        export_workdir(path.parent.parent, output, int(path.name), dtype)
+        export_workdir(workdir, output, named, dtype)
     elif is_workdir(path):
         export_workdir(path, output, step, dtype)
     elif step is not None:
@@ -60,7 +62,14 @@ def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> Non
     checkpoint = hf_io.Checkpoint.open(source)
     config = from_json(checkpoint.directory / "config.json")
     weights = checkpoint.weights(config)
-    hf_export.save(output, weights, config, source=checkpoint.directory, dtype=dtype and jnp.dtype(dtype))
+    hf_export.save(
+        output,
+        weights,
+        config,
+        source=checkpoint.directory,
+        dtype=dtype and jnp.dtype(dtype),
+        keep_not_finite=dtype is None,
+    )
 
 
 def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: str | None = None) -> None:
@@ -68,7 +77,27 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
     run = Run.of(workdir)
     vlm, head = split(run.arrays(step))
     latent = (head, run.latent()) if head else None
-    hf_export.save(output, vlm, run.model_config, source=run.origin, dtype=dtype and jnp.dtype(dtype), latent=latent)
+    hf_export.save(
+        output,
+        vlm,
+        run.model_config,
+        source=run.origin,
+        dtype=dtype and jnp.dtype(dtype),
+        latent=latent,
+        card=card(run.config, run.newest() if step is None else step, {}).text(bool(head)),
+    )
+
+
+def card(config, steps: int, numbers: dict[str, float]) -> Card:
+    """What an export's README.md tells of a run."""
+    return Card(
+        base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
+        method=config.method,
+        data=f"{config.data.name} ({config.data.split})",
+        steps=steps,
+        numbers=numbers,
+        versions=provenance.versions(),
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import difflib
 import functools
 import itertools
 import math
+import reprlib
 import types
 import typing
 
@@ -55,11 +56,32 @@ def check(key: str, value, annotation, limits):
     choices = limits.get("choices")
     if fitted is _NO or not _inside(fitted, limits) or (choices and fitted not in choices):
         near = _suggest(value, choices) if choices and isinstance(value, str) else ""
-        raise UserError(f"{key}: got {value!r}, expected {expected(annotation, limits)}{near}")
+        raise UserError(f"{key}: got {shown(value)}, expected {expected(annotation, limits)}{near}")
     if limits.get("ascending") and not all(a[0] < b[0] for a, b in itertools.pairwise(fitted or ())):
         firsts = ", ".join(f"{point[0]:g}" for point in fitted)
         raise UserError(f"{key}: got points at {firsts}, expected each later than the one before")
     return fitted
+
+
+def shown(value) -> str:
+    """A value as a message shows it, cut short: a wrong one may be as long as its file."""
+    text = reprlib.repr(value) if isinstance(value, dict | list | tuple) and len(value) > 20 else repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def read(kind: type, name: str, source: dict, *keys: str, default=None, inside: str = ""):
+    """A field of the dataclass `kind` out of a JSON object, checked as the field is declared (type and range).
+
+    The first of `keys` (the field's name by default) that is not null counts; `inside` goes before a key in messages.
+    Raises UserError naming the key that is wrong, or missing where there is no default.
+    """
+    keys = keys or (name,)
+    key = next((key for key in keys if source.get(key) is not None), None)
+    if key is None and default is None:
+        raise UserError(f"key '{inside}{keys[0]}' is missing")
+    value = default if key is None else source[key]
+    limits = kind.__dataclass_fields__[name].metadata
+    return check(f"{inside}{key or keys[0]}", value, annotations(kind)[name], limits)
 
 
 def parse(key: str, text: str, annotation, limits):
@@ -108,8 +130,12 @@ def _fit_one(value, annotation):
     if typing.get_origin(annotation) is tuple:
         return _fit_tuple(value, typing.get_args(annotation))
     if annotation is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if number else _NO
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return _NO
+        try:
+            return float(value) if math.isfinite(value) else _NO
+        except OverflowError:  # an integer beyond every float
+            return _NO
     # bool is a subclass of int, yet `steps=True` is a slip.
     return value if type(value) is annotation else _NO
 

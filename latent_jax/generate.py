@@ -6,6 +6,7 @@ python -m latent_jax.generate --model=DIR [--image=FILE ...] [--imagine=TEXT] --
 
 import functools
 import math
+import numbers
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from latent_jax.ops.sampling import greedy, sample
 from latent_jax.runtime.devices import enable_compile_cache
 
 NEW_TOKENS = 16  # the least bucket of max_new_tokens
+MOST_NEW_TOKENS = 2**17  # longer than any published model's context
 # Fewer rows than this are not thinned out when most of them have ended.
 LEAST_ROWS = 8
 
@@ -51,8 +53,20 @@ def marks(examples: Sequence[Example]) -> np.ndarray:
     return found
 
 
+def check_new_tokens(value: int) -> int:
+    """`value` as an int. Raises UserError where it is none, or out of range: memory for so many tokens is kept."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= MOST_NEW_TOKENS:
+        raise UserError(f"max_new_tokens: got {value!r:.100}, expected an integer from 1 to {MOST_NEW_TOKENS}")
+    return int(value)
+
+
 def check_sampling(temperature: float, top_p: float, seed: int) -> None:
-    """Raises UserError for values out of range."""
+    """Raises UserError for values of another type or out of range."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise UserError(f"{name}: got {value!r:.100}, expected a number")
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise UserError(f"seed: got {seed!r:.100}, expected an integer from 0 to {2**32 - 1}")
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature: got {temperature}, expected a number of at least 0 (0 = greedy)")
     if not 0 < top_p <= 1:

@@ -18,6 +18,7 @@ from latent_jax.benchmarks.settings import LATENTS
 from latent_jax.data import rows
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example
+from latent_jax.data.messages import check as check_messages
 from latent_jax.errors import UserError
 from latent_jax.methods import imagine, pretrain
 from latent_jax.models.heads import LatentHead, LatentVLM
@@ -48,8 +49,10 @@ def prompts(
 ) -> Prompts:
     """Lays conversations out for an answer. `mode`: what stands where latents were predicted, see `replaced`; `none`
     leaves the parts out. Raises UserError for parts that mean nothing, or a mode that does not exist."""
-    if mode not in LATENTS:
-        raise UserError(f"latents: got {mode!r}, expected one of {', '.join(LATENTS)}")
+    if not isinstance(mode, str) or mode not in LATENTS:
+        raise UserError(f"latents: got {mode!r:.100}, expected one of {', '.join(LATENTS)}")
+    for messages in conversations:
+        check_messages(messages)
     parts_of = [asked(messages) for messages in conversations]
     if mode == "none" or not any(parts_of):
         shown = [codec.render(without(messages), add_generation_prompt=True) for messages in conversations]
@@ -58,6 +61,9 @@ def prompts(
     if model.head is None or latent is None:
         raise NoHead("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
     grid = pretrain.imagined_grid(latent)
+    for part in (part for parts in parts_of for part in parts):
+        if part.get("grid") not in (None, grid, list(grid)):
+            raise UserError(f"an 'imagine' part's grid is {part['grid']!r:.80}, expected the model's {grid}")
     shown = [codec.render(messages, add_generation_prompt=True, imagined_grid=grid) for messages in conversations]
     texts = [part["text"] for parts in parts_of for part in parts if "text" in part]
     silent = [i for i, parts in enumerate(parts_of) if any("text" not in part for part in parts)]
@@ -75,7 +81,8 @@ def asked(messages: Messages) -> list[dict]:
     """The imagine parts of a conversation: any number with text, or one without. Raises UserError for anything else."""
     content = (message["content"] for message in messages if not isinstance(message["content"], str))
     found = [part for parts in content for part in parts if part.get("type") == "imagine"]
-    if any("text" in part and not str(part["text"]).strip() for part in found):
+    texts = [part["text"] for part in found if "text" in part]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError("an 'imagine' part holds no text; expected a description, or no 'text' at all")
     if len(found) > 1 and any("text" not in part for part in found):
         raise UserError(

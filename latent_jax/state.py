@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from latent_jax import optimizer
+from latent_jax.command import say_line
 from latent_jax.errors import UserError
+from latent_jax.methods import pretrain
 from latent_jax.models import hf_export, hf_io, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
@@ -192,9 +194,13 @@ def _saved_head(setup: Setup, directory: str | Path) -> Arrays:
     """The latent head beside an HF checkpoint, for a method that has one."""
     saved = hf_export.load_latent(directory)
     paths = [path for path in setup.structure.variables if path.startswith("head.")]
-    if saved is None or not paths:
+    if saved is None:
         return {}
-    tensors, _ = saved
+    if not paths:
+        if jax.process_index() == 0:
+            say_line(f"{directory}: its latent head is dropped; method {setup.config.method} has none")
+        return {}
+    tensors, settings = saved
     for path in paths:
         tensor = tensors.get(path.removeprefix("head."))
         if tensor is None or tensor.shape != setup.structure.shape(path):
@@ -203,4 +209,5 @@ def _saved_head(setup: Setup, directory: str | Path) -> Arrays:
                 f"{directory}: the latent head's {path.removeprefix('head.')} is {got}, expected shape "
                 f"{setup.structure.shape(path)}; set config.latent.* to the saved latent_config.json"
             )
+    pretrain.check_head(settings, setup.config.latent, str(Path(directory) / hf_io.LATENT_CONFIG))
     return {path: jax.device_put(tensors[path.removeprefix("head.")], setup.sharding(path)) for path in paths}

@@ -23,6 +23,7 @@ from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io, lora
 from latent_jax.models.heads import LatentVLM
+from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import checksums, files, flops, hosts, lock, preemption, provenance, sharding
 from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
@@ -184,9 +185,11 @@ def _shape_file(config, origin: Path) -> Path:
 def keep_origin(config, origin: Path, directory: Path) -> None:
     """Keeps in a new workdir what its exports need of the checkpoint it starts from; of a preset, its shape."""
     kept = directory / workdir.ORIGIN
-    if hosts.primary() and not kept.exists():
-        hf_export.keep_origin(origin, kept)
-        files.write_text(kept / "config.json", _shape_file(config, origin).read_text())
+    if hosts.primary() and kept.exists():
+        check_origin(kept)
+    elif hosts.primary():
+        limits = dict(min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+        hf_export.keep_origin(origin, kept, shape=_shape_file(config, origin), **limits)
     hosts.sync("the first host has kept the origin")
 
 
@@ -213,7 +216,8 @@ def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[Tr
         if damaged and not setup.config.checkpoint.fallback:
             raise UserError(
                 f"{damaged[0]}. The newest whole checkpoint is of step {step}: "
-                f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into {directory / DAMAGED}; or remove the damaged step yourself"
+                f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into "
+                f"{directory / DAMAGED}; or remove the damaged step yourself"
             )
         return *found, _set_aside(checkpoints, step, directory)
     if damaged:

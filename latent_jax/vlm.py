@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Image, Layout
 from latent_jax.errors import UserError
+from latent_jax.fields import check, shown
 from latent_jax.methods import pretrain
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
-from latent_jax.workdir import Run, is_workdir, place, split
+from latent_jax.runtime.files import read_json
+from latent_jax.workdir import Run, is_workdir, named_step, place, split
 
 Messages = Sequence[dict[str, Any]]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -96,10 +98,12 @@ class VLM:
         latents: str = "own",
     ) -> list[list[int]]:
         """As `generate`: the new token ids of each conversation, the one that ended it included."""
+        max_new_tokens = generate.check_new_tokens(max_new_tokens)
+        generate.check_sampling(temperature, top_p, seed)
+        if not isinstance(conversations, list | tuple):
+            raise UserError(f"conversations: {shown(conversations)}; expected a list of conversations")
         if not conversations:
             return []
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
         examples, given, _ = self.prompts(conversations, latents, seed)
         return generate.answers(
             self.copies or (self.model.vlm,),
@@ -151,52 +155,88 @@ def _hidden(model: Qwen2_5_VL, batch, given, image_patches: int):
 
 
 def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.Device] | None = None) -> VLM:
-    """Loads an HF directory, a hub id, a workdir (its newest checkpoint), or "" for the embedded model.
+    """Loads an HF directory, a hub id, a workdir (its newest checkpoint or a step), or "" for the embedded model.
 
     Args:
+      path: of a step, WORKDIR/checkpoints/STEP.
       dtype: "float32" or "bfloat16"; None keeps the checkpoint's.
       devices: each gets a copy of the model and its share of what `generate` is given; None: the default device alone.
 
     Raises UserError.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"model: got {shown(path)}, expected a directory or a hub id")
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+        raise UserError(f"dtype: got {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     wanted = DTYPES.get(dtype)
-    if path and is_workdir(path):
-        run = Run.of(path)
-        vlm, head = split(run.arrays())
+    workdir, step = named_step(path) if path else (path, None)
+    if path and (step is not None or is_workdir(path)):
+        run = Run.of(workdir)
+        vlm, head = split(run.arrays(step))
         origin, latent = run.origin, run.latent()
+        # Workdirs of earlier versions keep the source's pixel limits beside the model, and the run's in its config.
+        limits = run.config.data.min_pixels or None, run.config.data.max_pixels or None
+        codec = Codec.from_directory(origin, *limits)
         vlm = place(vlm, wanted)
     else:
         origin = hf_io.resolve(path or TINY_VL)
+        codec = Codec.from_directory(origin)
         vlm = hf_io.load(origin, dtype=wanted)
         head, latent = hf_export.load_latent(origin) or ({}, None)
-    codec = Codec.from_directory(origin)
     config = dataclasses.replace(
         from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std
     )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
-    section = pretrain.Latent(**latent) if head else None
-    model = LatentVLM(structure.build(vlm), _head(place(head, wanted)) if head else None)
+    section = pretrain.read_latent(latent, str(origin / hf_io.LATENT_CONFIG)) if head else None
+    made = _head(head, section, config, origin, wanted) if head else None
+    model = LatentVLM(structure.build(vlm), made)
     copies = tuple(jax.device_put(model.vlm, device) for device in devices or ())
     return VLM(model, codec, section, eos_ids(origin, codec.tokenizer), str(path or "tiny_vl"), copies)
 
 
-def _head(tensors: dict[str, jax.Array]) -> LatentHead:
-    """A latent head around loaded tensors; its statistics stay fp32."""
-    (slots, hidden), (width, target) = tensors["slots"].shape, tensors["fc2"].shape
+def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Path, dtype) -> LatentHead:
+    """A latent head around loaded tensors; its statistics stay fp32. Raises UserError naming a tensor that is missing,
+    unknown or not of the shape that the model and `latent` ask for."""
+    where = directory / hf_io.LATENT_WEIGHTS
+    axes = {name: np.shape(tensors.get(name)) for name in ("slots", "fc2")}
+    for name, shape in axes.items():
+        if len(shape) != 2:
+            raise UserError(f"{where}: tensor '{name}' has shape {shape}, expected two axes")
+    (slots, hidden), (width, target) = axes["slots"], axes["fc2"]
+    expected = {
+        "slots": (latent.grid**2, config.text.hidden_size),
+        "fc2": (width, pretrain.target_size(config, latent.space)),
+    }
+    for name, shape in expected.items():
+        if axes[name] != shape:
+            raise UserError(f"{where}: tensor '{name}' has shape {axes[name]}, expected {shape}")
     structure = Structure.of(nnx.eval_shape(lambda: LatentHead(slots, hidden, target, width, rngs=nnx.Rngs(0))))
-    statistics = {p: tensors[p].astype(jnp.float32) for p in structure.variables if not structure.trained(p)}
-    return structure.build({**tensors, **statistics})
+    for name in sorted(structure.variables.keys() ^ tensors.keys()):
+        what = "missing" if name in structure.variables else "none of a latent head's"
+        raise UserError(f"{where}: tensor '{name}' is {what}")
+    for path in structure.variables:
+        shape = np.shape(tensors[path])
+        if shape != structure.shape(path) or not jnp.issubdtype(tensors[path].dtype, jnp.floating):
+            raise UserError(
+                f"{where}: tensor '{path}' is {tensors[path].dtype} {shape}, expected {structure.shape(path)} of floats"
+            )
+        if not np.isfinite(np.asarray(tensors[path])).all():
+            raise UserError(f"{where}: tensor '{path}' has values that are not finite")
+    placed = place(tensors, dtype)
+    statistics = {p: placed[p].astype(jnp.float32) for p in structure.variables if not structure.trained(p)}
+    return structure.build({**placed, **statistics})
 
 
 def eos_ids(directory: Path, tokenizer) -> tuple[int, ...]:
     """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        found = read_json(file).get("eos_token_id") if file.exists() else None
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+            ids = check(f"{file}: eos_token_id", found, int | tuple[int, ...], dict(low=0, high=2**31 - 1))
+            if ids == ():
+                raise UserError(f"{file}: eos_token_id is empty, expected at least one id")
+            return ids if isinstance(ids, tuple) else (ids,)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
     return (tokenizer.eos_token_id,)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from latent_jax import config as schema
 from latent_jax.errors import UserError
 from latent_jax.models import lora
+from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.weights import Structure
@@ -38,6 +39,7 @@ class Run:
         directory = Path(directory)
         config, measured = schema.read(directory / CONFIG)
         method = importlib.import_module(f"latent_jax.methods.{config.method}")
+        check_origin(directory / ORIGIN)
         model_config = from_json(directory / ORIGIN / "config.json")
         structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
         return cls(directory, config, measured, model_config, structure)
@@ -60,10 +62,23 @@ class Run:
             raise UserError(f"{self.directory}: the checkpoint lacks {sorted(missing)[0]}, which its config asks for")
         return lora.merge(found, self.config.model.lora_rank, self.config.model.lora_alpha)
 
+    def newest(self) -> int:
+        """The newest checkpoint's step."""
+        with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
+            return checkpoints.latest() or 0
+
     def latent(self) -> dict | None:
         """The latent section of the config, which an export keeps beside its head."""
         section = getattr(self.config, "latent", None)
         return None if section is None else dataclasses.asdict(section)
+
+
+def named_step(path: str | Path) -> tuple[Path, int | None]:
+    """(workdir, step) of a path WORKDIR/checkpoints/STEP; (the path, None) of any other."""
+    resolved = Path(path).resolve()
+    if resolved.parent.name == CHECKPOINTS and resolved.name.isascii() and resolved.name.isdigit():
+        return resolved.parent.parent, int(resolved.name)
+    return Path(path), None
 
 
 def is_workdir(directory: str | Path) -> bool:

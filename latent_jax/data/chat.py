@@ -5,6 +5,7 @@ Token ids equal those of HF's Qwen2_5_VLProcessor (chat template, then `<|image_
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from latent_jax import fields
 from latent_jax.data import images as pixels
+from latent_jax.data import tokenizer as tokenizers
 from latent_jax.data.images import ImageSpec, Patches
-from latent_jax.data.layout import BOUNDARIES, Example, Image, Imagined, Layout, Part, Slots, Text, Video, share_trunk
+from latent_jax.data.layout import BOUNDARIES, Example, Image, Layout, Part, Slots, Text, Video, share_trunk
+from latent_jax.data.messages import normalised, record
 from latent_jax.data.outlines import Drawer, Outliner
 from latent_jax.data.positions import Grid, mrope
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|(?:image|video)_pad\|>)<\|vision_end\|>")
@@ -46,28 +50,40 @@ class Codec:
         cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> "Codec":
         """Reads tokenizer, preprocessor_config.json and config.json of an HF checkpoint directory."""
-        from transformers import AutoTokenizer
-
         directory = Path(directory)
         image = ImageSpec.from_directory(directory, min_pixels, max_pixels)
-        config = pixels.read_json(directory / "config.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as problem:  # whatever the tokenizer's files make transformers raise
-            raise UserError(f"{directory}: no usable tokenizer ({str(problem).splitlines()[0]})") from None
-        if not tokenizer.chat_template and (directory / "chat_template.json").exists():
-            tokenizer.chat_template = pixels.read_json(directory / "chat_template.json")["chat_template"]
-        if not getattr(tokenizer, "is_fast", False) or not tokenizer.chat_template:
-            raise UserError(f"{directory}: expected a fast tokenizer (tokenizer.json) with a chat template")
-        codec = cls(tokenizer, image, float(config["vision_config"].get("tokens_per_second", 4)))
+        config, where = pixels.read_json(directory / "config.json"), directory / "config.json"
+        seconds = config["vision_config"].get("tokens_per_second", 4)
+        seconds = fields.check(f"{where}: vision_config.tokens_per_second", seconds, float, dict(above=0, high=10**6))
+        codec = cls(tokenizers.read(directory), image, seconds)
         for key, ours in (("image_token_id", codec.image_token_id), ("video_token_id", codec.video_token_id)):
             if config.get(key, ours) != ours:
-                raise UserError(f"{directory / 'config.json'}: {key} is {config[key]}, the tokenizer's is {ours}")
+                raise UserError(f"{where}: {key} is {fields.shown(config[key])}, the tokenizer's is {ours}")
+        text = config.get("text_config")
+        rows = {**config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
+        if rows is not None:
+            codec.check_rows(fields.check(f"{where}: vocab_size", rows, int, dict(low=1)), str(directory))
         return codec
+
+    def check_rows(self, rows: int, where: str) -> None:
+        """Raises UserError where the tokenizer has a token that an embedding of so many rows has no row for.
+
+        A gather clamps such an id to the last row: the model would read another token without a word.
+        """
+        vocabulary = self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+        token = max(vocabulary, key=vocabulary.get)
+        if vocabulary[token] >= rows:
+            raise UserError(
+                f"{where}: the tokenizer's {fields.shown(token)} has the id {vocabulary[token]}, but the embedding has "
+                f"{rows} rows (vocab_size); expected ids below it"
+            )
 
     def _encode(self, text: str):
         # The backend itself: the wrapper sets truncation and padding on shared state at every call.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError):  # TypeError: how the backend answers text that is not UTF-8
+            raise UserError(f"text that is not Unicode (a lone surrogate): {text[:80]!r}") from None
 
     @functools.cached_property
     def image_token_id(self) -> int:
@@ -124,7 +140,7 @@ class Codec:
     ) -> Layout:
         """Conversations that begin alike as views of what they share; an image they share is encoded once."""
         if not conversations:
-            raise UserError(f"record {key!r}: no conversation to show")
+            raise UserError(f"{record(key)}no conversation to show")
         sources: dict[Any, Any] = {}
         rendered = [self._parts(messages, False, imagined_grid, key, sources)[0] for messages in conversations]
         trunk, views = share_trunk(rendered)
@@ -132,34 +148,44 @@ class Codec:
 
     def _parts(self, messages, add_generation_prompt, imagined_grid, key, sources: dict[Any, Any]):
         """(parts, image sources). `sources` maps what identifies a source to it, in the order of Layout.images."""
-        plain, visuals = _normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
-        text = self._template(plain, add_generation_prompt)
+        plain, visuals = normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
+        text = self._template(plain, add_generation_prompt, key)
         parts: list[Part] = []
-        for piece, loss in self._marked_turns(plain, text, add_generation_prompt):
+        for piece, loss in self._marked_turns(plain, text, add_generation_prompt, key):
             literal = _PLACEHOLDER.split(piece)
             for i, segment in enumerate(literal):
                 if i % 2 == 0:
                     parts += [Text(segment, loss)] if segment else []
                 elif not visuals or isinstance(visuals[0], Video) != (segment == VIDEO_PAD):
-                    raise UserError(f"record {key!r}: {segment} stands in a message's text; images go in image parts")
+                    raise UserError(f"{record(key)}{segment} stands in a message's text; images go in image parts")
                 else:
                     parts.append(visuals.pop(0))
         if visuals:
-            raise UserError(f"record {key!r}: the chat template shows {len(visuals)} image(s) fewer than the messages")
+            raise UserError(f"{record(key)}the chat template shows {len(visuals)} image(s) fewer than the messages")
         return tuple(parts), tuple(sources.values())
 
-    def _template(self, messages, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _template(self, messages, add_generation_prompt: bool, key: str) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as problem:  # whatever the template's code does with these messages
+            raise UserError(f"{record(key)}the chat template refuses these messages ({one_line(problem)})") from None
 
-    def _marked_turns(self, messages, text: str, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+    def _marked_turns(self, messages, text: str, add_generation_prompt: bool, key: str) -> list[tuple[str, bool]]:
         """The rendered text cut into (piece, loss). Turns are found by rendering them again between marks."""
-        mark = "\ue000"
-        while mark in text:
-            mark += "\ue000"
-        marked = [_between(message, mark) if message["role"] == "assistant" else message for message in messages]
-        pieces = self._template(marked, add_generation_prompt).split(mark)
-        if "".join(pieces) != text:
-            raise UserError("tokenizer: the chat template rewrites what the assistant says; its loss cannot be marked")
+        spoken = [message["role"] == "assistant" for message in messages]
+        if not any(spoken):
+            return [(text, False)]
+        # Its first character stands nowhere else in it, and it stands nowhere in the text. So it is found only where
+        # it was put, whatever characters stand beside it.
+        mark = next(mark for number in itertools.count() if (mark := f"\ue000{number}\ue001") not in text)
+        marked = [_between(message, mark) if turn else message for message, turn in zip(messages, spoken, strict=True)]
+        pieces = self._template(marked, add_generation_prompt, key).split(mark)
+        if "".join(pieces) != text or len(pieces) != 2 * sum(spoken) + 1:
+            raise UserError(
+                f"{record(key)}the chat template rewrites what the assistant says; its loss cannot be marked"
+            )
         cut: list[tuple[str, bool]] = []
         for i, piece in enumerate(pieces):
             # Odd pieces stand between marks; the end of turn after each belongs to it.
@@ -268,7 +294,7 @@ class Codec:
             if part is not None:
                 pieces.append(self._block(part, visuals))
         if not pieces:
-            raise UserError(f"record {key!r}: nothing to show (an empty trunk or view)")
+            raise UserError(f"{record(key)}nothing to show (an empty trunk or view)")
         arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "loss", "features")]
         return _Stretch(*arrays, [span for piece in pieces for span in piece.spans])
 
@@ -276,8 +302,11 @@ class Codec:
         """Adjacent texts tokenised as one string; a token carries loss if any of its characters does."""
         text = "".join(part.text for part in texts)
         if IMAGE_PAD in text or VIDEO_PAD in text:
-            raise UserError(f"record {key!r}: {IMAGE_PAD} or {VIDEO_PAD} stands in its text")
-        encoding = self._encode(text)
+            raise UserError(f"{record(key)}{IMAGE_PAD} or {VIDEO_PAD} stands in its text")
+        try:
+            encoding = self._encode(text)
+        except UserError as problem:
+            raise UserError(f"{record(key)}{problem}") from None
         flags = np.repeat([part.loss for part in texts], [len(part.text) for part in texts])
         before = np.concatenate([[0], np.cumsum(flags)])
         start, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -339,45 +368,3 @@ def _between(message: Mapping, mark: str) -> dict:
         return {**message, "content": mark + content + mark}
     edge = {"type": "text", "text": mark}
     return {**message, "content": [edge, *content, edge]}
-
-
-def _normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sources: dict[Any, Any]):
-    """Messages as the template takes them (an imagined image is an image to it), and the visual parts in order."""
-    places = {identity: index for index, identity in enumerate(sources)}
-    visuals: list[Part] = []
-
-    def index_of(source) -> int:
-        identity = str(source) if isinstance(source, str | Path) else id(source)
-        sources[identity] = source
-        return places.setdefault(identity, len(places))
-
-    def plain(part) -> dict:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            return {"type": "text", "text": part["text"]}
-        if kind == "image" and (source := _first(part, "image", "path", "url")) is not None:
-            visuals.append(Image(index_of(source)))
-        elif kind == "video" and part.get("video"):
-            seconds = temporal_patch_size / part["fps"] if part.get("fps") else 1.0
-            visuals.append(Video(index_of(part["video"]), seconds))
-        elif kind == "imagine" and (grid := part.get("grid") or imagined_grid) is not None:
-            visuals.append(Imagined(tuple(grid)))
-        else:
-            raise UserError(
-                f"record {key!r}: message part {str(part)[:80]}; expected text, image, video (a list of "
-                "frames) or, where the model has a latent head, imagine"
-            )
-        return {"type": "video" if kind == "video" else "image"}
-
-    result = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str | list | tuple) or not isinstance(message.get("role"), str):
-            raise UserError(f"record {key!r}: message {str(message)[:80]}; expected a dict of role and content")
-        shown = content if isinstance(content, str) else [plain(part) for part in content]
-        result.append({**message, "content": shown})
-    return result, visuals
-
-
-def _first(part: Mapping, *keys: str):
-    return next((part[key] for key in keys if part.get(key) is not None), None)

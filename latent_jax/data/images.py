@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import struct
@@ -22,7 +21,9 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import Int32, UInt8
 
+from latent_jax import fields
 from latent_jax.errors import UserError
+from latent_jax.runtime import files
 
 T = TypeVar("T")
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, PIL.Image.DecompressionBombError)
@@ -35,14 +36,14 @@ class ImageSpec:
     mean and std are per channel, of pixels scaled to 0..1: what the device applies to the uint8 patches.
     """
 
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    window_size: int = 112
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: int = fields.option(14, "side of a patch", low=1, high=1024)
+    temporal_patch_size: int = fields.option(2, "frames of a patch", low=1, high=64)
+    merge_size: int = fields.option(2, "side of a merged token, in patches", low=1, high=64)
+    window_size: int = fields.option(112, "side of an attention window", low=1, high=2**20)
+    min_pixels: int = fields.option(56 * 56, "smaller images are enlarged", low=1, high=2**31)
+    max_pixels: int = fields.option(28 * 28 * 1280, "larger images are shrunk", low=1, high=2**31)
+    mean: tuple[float, float, float] = fields.option((0.48145466, 0.4578275, 0.40821073), "of the channels")
+    std: tuple[float, float, float] = fields.option((0.26862954, 0.26130258, 0.27577711), "of the channels", above=0)
 
     def __post_init__(self):
         if self.window_size % self.factor:
@@ -80,23 +81,14 @@ class ImageSpec:
         if not (directory / name).exists() and (directory / "processor_config.json").exists():
             name = "processor_config.json"
         settings = read_json(directory / name)
-        settings = settings.get("image_processor", settings)
-        vision = read_json(directory / "config.json").get("vision_config")
-        if not isinstance(vision, dict):
+        settings = _section(settings, "image_processor", directory / name) or settings
+        vision = _section(read_json(directory / "config.json"), "vision_config", directory / "config.json")
+        if vision is None:
             raise UserError(f"{directory / 'config.json'}: key 'vision_config' is missing")
-        _check_supported(settings, directory / name)
-        size = settings.get("size") or {}
-        given = {
-            "patch_size": settings.get("patch_size"),
-            "temporal_patch_size": settings.get("temporal_patch_size"),
-            "merge_size": settings.get("merge_size"),
-            "window_size": vision.get("window_size"),
-            "min_pixels": _first(min_pixels, settings.get("min_pixels"), size.get("shortest_edge")),
-            "max_pixels": _first(max_pixels, settings.get("max_pixels"), size.get("longest_edge")),
-            "mean": settings.get("image_mean") and tuple(settings["image_mean"]),
-            "std": settings.get("image_std") and tuple(settings["image_std"]),
-        }
-        spec = cls(**{key: value for key, value in given.items() if value is not None})
+        try:
+            spec = cls._of(settings, vision, min_pixels, max_pixels)
+        except UserError as problem:
+            raise UserError(f"{directory / name}: {problem}") from None
         for key, ours in (
             ("patch_size", spec.patch_size),
             ("temporal_patch_size", spec.temporal_patch_size),
@@ -108,6 +100,28 @@ class ImageSpec:
                     f"vision_config.{key} is {vision[key]}"
                 )
         return spec
+
+    @classmethod
+    def _of(cls, settings: dict, vision: dict, min_pixels: int | None, max_pixels: int | None) -> "ImageSpec":
+        _check_supported(settings)
+        size = settings.get("size")
+        size = size if isinstance(size, dict) else {}
+        sources = {
+            "window_size": (vision, "window_size"),
+            "min_pixels": _first(
+                {"min_pixels": min_pixels}, settings, {"min_pixels": size.get("shortest_edge")}, key="min_pixels"
+            ),
+            "max_pixels": _first(
+                {"max_pixels": max_pixels}, settings, {"max_pixels": size.get("longest_edge")}, key="max_pixels"
+            ),
+            "mean": (settings, "image_mean"),
+            "std": (settings, "image_std"),
+        }
+        values = {}
+        for field in dataclasses.fields(cls):
+            source, key = sources.get(field.name, (settings, field.name))
+            values[field.name] = fields.read(cls, field.name, source, key, default=field.default)
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,22 +142,21 @@ class Patches:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; UserError naming the file where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face checkpoint directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: not JSON ({problem})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+    return files.read_json(path, expected="a JSON object of a Hugging Face checkpoint")
 
 
-def _first(*values):
-    return next((value for value in values if value is not None), None)
+def _section(source: dict, key: str, path: Path) -> dict | None:
+    section = source.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{path}: {key} is {fields.shown(section)}, expected an object")
+    return section
 
 
-def _check_supported(settings: dict, path: Path) -> None:
+def _first(*sources: dict, key: str) -> tuple[dict, str]:
+    return next((source for source in sources if source.get(key) is not None), {}), key
+
+
+def _check_supported(settings: dict) -> None:
     """Refuses preprocessing that would silently give other pixels than Qwen's."""
     for key, value in {
         "do_resize": True,
@@ -153,9 +166,10 @@ def _check_supported(settings: dict, path: Path) -> None:
         "resample": 3,
     }.items():
         if settings.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {settings[key]!r}, expected {value!r}")
-    if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise UserError(f"{path}: rescale_factor is {settings['rescale_factor']}, expected 1/255")
+            raise UserError(f"{key} is {fields.shown(settings[key])}, expected {value!r}")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(f"rescale_factor is {fields.shown(factor)}, expected 1/255")
 
 
 def open_image(source: Any, name: str = "") -> PIL.Image.Image:

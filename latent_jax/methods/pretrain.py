@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from latent_jax import fields
 from latent_jax.data.layout import Layout, Slots, Text
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
@@ -69,6 +70,29 @@ class Latent:
     scale: str = option("rms", "targets are divided by one number (rms) or one a channel (std)", choices=("rms", "std"))
     statistics_examples: int = option(512, "images that the targets' mean and scale are measured on", low=2)
     captions: str = option("random", "which of an image's captions an example takes", choices=("random", "first"))
+
+
+def read_latent(found: dict, where: str) -> Latent:
+    """The settings of a latent head from its JSON object. Raises UserError naming the key that is unknown or wrong."""
+    declared = Latent.__dataclass_fields__
+    if unknown := sorted(found.keys() - declared.keys()):
+        raise fields.unknown(f"{where}: {unknown[0][:80]}", unknown[0], declared)
+    checked = {
+        key: fields.check(f"{where}: {key}", value, fields.annotations(Latent)[key], declared[key].metadata)
+        for key, value in found.items()
+    }
+    return Latent(**checked)
+
+
+def check_head(found: dict, wanted: Latent, where: str) -> None:
+    """Raises UserError where a saved head was trained to read or predict something else than this run asks of it."""
+    saved = read_latent(found, where)
+    for key in ("grid", "space", "readout"):
+        if getattr(saved, key) != getattr(wanted, key):
+            raise UserError(
+                f"{where}: the latent head has {key} {getattr(saved, key)!r}, but config.latent.{key} is "
+                f"{getattr(wanted, key)!r}; expected the same"
+            )
 
 
 SECTIONS = {"loss": Loss, "latent": Latent}

@@ -4,15 +4,10 @@ Tensors are taken from the (sharded) arrays one by one and written as a stream. 
 destination and renamed into place: a killed export leaves nothing half-written.
 """
 
-import contextlib
-import dataclasses
 import functools
-import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -23,14 +18,18 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
-from latent_jax.models import hf_io, tensor_files
+from latent_jax.fields import shown
+from latent_jax.models import hf_io, staging, tensor_files
 from latent_jax.models.hf_io import INDEX_FILE, LATENT_CONFIG, LATENT_WEIGHTS, PIECE_BYTES, SINGLE_FILE, SMALL_FILES
+from latent_jax.models.origin import CHECKSUMS, ORIGIN_FILE, Origin, check_origin, copy_files, write_json
+from latent_jax.models.origin import keep_origin as keep_origin
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.runtime.files import read_bytes, read_json, whole
 
 MAX_SHARD_BYTES = 5_000_000_000
-# In a workdir: dtype and file of every tensor of the checkpoint that the run started from.
-ORIGIN_FILE = "tensors.json"
+CARD = "README.md"
+CARD_MARK = "<!-- written by latent_jax; a rerun replaces this file. Remove this line to keep your own. -->"
 
 
 @runtime_checkable
@@ -46,43 +45,6 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice) -> np.ndarray: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What an export keeps of its source's weights: published name -> dtype, and whether they were one file."""
-
-    dtypes: dict[str, np.dtype]
-    single_file: bool
-
-    @classmethod
-    def of(cls, directory: str | Path) -> "Origin | None":
-        """Read from a workdir's record, or from the weights themselves; None where the directory has neither."""
-        directory = Path(directory)
-        if (directory / ORIGIN_FILE).exists():
-            record = json.loads((directory / ORIGIN_FILE).read_text())
-            return cls({name: jnp.dtype(dtype) for name, dtype in record["dtypes"].items()}, record["single_file"])
-        if not (directory / SINGLE_FILE).exists() and not (directory / INDEX_FILE).exists():
-            return None
-        source = hf_io.Checkpoint.open(directory)
-        dtypes = {name: tensor.dtype for name, tensor in source.tensors.items()}
-        return cls(dtypes, len(set(source.files.values())) == 1)
-
-
-def keep_origin(source: str | Path, destination: str | Path) -> None:
-    """Copies into a workdir what its exports need of the checkpoint it starts from: small files, dtypes, sharding.
-
-    With many processes the first one does.
-    """
-    if jax.process_index() != 0:
-        return
-    source, destination = hf_io.resolve(source), Path(destination).resolve()
-    origin = Origin.of(source)
-    with _staged(destination) as partial:
-        _copy_files(source, partial, SMALL_FILES)
-        if origin:
-            dtypes = {name: str(dtype) for name, dtype in origin.dtypes.items()}
-            _write_json(partial / ORIGIN_FILE, {"single_file": origin.single_file, "dtypes": dtypes})
-
-
 def save(
     directory: str | Path,
     params: Mapping[str, jax.Array | np.ndarray | Rows],
@@ -92,6 +54,8 @@ def save(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int | None = None,
     latent: tuple[Mapping[str, np.ndarray], dict] | None = None,
+    card: str | None = None,
+    keep_not_finite: bool = False,
 ) -> None:
     """Writes a checkpoint under published names. With many processes all of them call this; the first one writes.
 
@@ -104,9 +68,12 @@ def save(
         its config.json tell a dtype, the arrays' own is kept.
       max_shard_bytes: the largest shard; without it one file where the source was one, else 5 GB.
       latent: tensors and config of what HF has no place for, see `save_latent`; without it the source's, if any.
+      card: the README.md to write, see `card.text`. One of the user's own (without our mark) is kept in its place.
+      keep_not_finite: for a copy: values that are NaN or infinite are written as the source has them.
 
     Raises:
-      UserError: the destination is the source, or holds files that no export writes.
+      UserError: the destination is the source, or holds files that no export writes; a tensor has values that are not
+        finite, as they are or in `dtype`; the source's kept files are damaged.
     """
     directory = Path(directory).resolve()
     if params.keys() != hf_names.shapes(config).keys():
@@ -115,13 +82,19 @@ def save(
     if source and Path(source).resolve() == directory:
         raise UserError(f"{directory}: the export would replace its own source; expected another directory")
     check_replaceable(directory)
+    if source and (Path(source) / CHECKSUMS).exists():
+        check_origin(source)
+    own = _own_card(directory)
     origin = Origin.of(source) if source else None
     limit = max_shard_bytes or (math.inf if origin and origin.single_file else MAX_SHARD_BYTES)
     stated = _stated_dtype(Path(source)) if source and not origin else None
-    shards = _shards(_entries(params, config, origin, stated if dtype is None else dtype), limit)
+    shards = _shards(_entries(params, config, origin, stated if dtype is None else dtype, keep_not_finite), limit)
     if jax.process_index() == 0:
-        with _staged(directory) as partial:
+        with staging.staged(directory) as partial:
             _write(partial, shards, Path(source) if source else None, dtype, latent)
+            if own or card:
+                with whole(partial / CARD) as file:
+                    file.write(own or f"{card}\n\n{CARD_MARK}\n".encode())
     else:  # takes part in gathering what is sharded over processes
         for entries in shards.values():
             for entry in tensor_files.in_order(entries).values():
@@ -132,11 +105,17 @@ def save(
 
 
 def check_replaceable(directory: str | Path) -> None:
-    """Raises UserError if the directory holds anything but an earlier export, which `save` would delete."""
+    """Raises UserError if the directory holds anything but an earlier export, which `save` would delete.
+
+    What a killed export left beside it is cleared, or takes its place where nothing else does. A README.md is no
+    hindrance: where it is the user's own, `save` keeps it.
+    """
     directory = Path(directory)
+    if jax.process_index() == 0:
+        staging.recover(directory.resolve())
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file; expected a directory to write a checkpoint to")
-    known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE}
+    known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE, CHECKSUMS, CARD}
     for entry in sorted(directory.iterdir()) if directory.exists() else ():
         if entry.name not in known and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name):
             raise UserError(
@@ -145,11 +124,20 @@ def check_replaceable(directory: str | Path) -> None:
             )
 
 
+def _own_card(directory: Path) -> bytes | None:
+    """The README.md of an earlier export where somebody else wrote it."""
+    file = directory / CARD
+    text = read_bytes(file) if file.exists() else None
+    return None if text is None or CARD_MARK.encode() in text else text
+
+
 def save_latent(directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict) -> None:
     """Writes `latent_head.safetensors` and `latent_config.json` (any JSON) into an existing directory."""
     entries = {name: tensor_files.Entry.of(np.asarray(tensor)) for name, tensor in tensors.items()}
+    if wrong := [name for name, tensor in tensors.items() if not np.isfinite(np.asarray(tensor)).all()]:
+        raise UserError(f"the latent head's '{wrong[0]}' has values that are not finite; it is not exported")
     tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)
-    _write_json(Path(directory) / LATENT_CONFIG, config)
+    write_json(Path(directory) / LATENT_CONFIG, config)
 
 
 def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | None:
@@ -158,40 +146,42 @@ def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | N
     if not weights.exists() and not config.exists():
         return None
     tensors = tensor_files.read(weights)
-    try:
-        return tensors, json.loads(config.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{config}: no such file, but {LATENT_WEIGHTS} stands beside it") from None
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{config}: not JSON ({problem})") from None
+    if not config.exists():
+        raise UserError(f"{config}: no such file, but {LATENT_WEIGHTS} stands beside it")
+    return tensors, read_json(config)
 
 
 def _write(directory: Path, shards: dict, source: Path | None, dtype: DTypeLike | None, latent: tuple | None) -> None:
     if source:
-        _copy_files(source, directory, (*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG))
+        copy_files(source, directory, (*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG))
     if dtype is not None and (directory / "config.json").exists():
         _restate_dtype(directory / "config.json", jnp.dtype(dtype))
     for file, entries in shards.items():
         tensor_files.write(directory / file, entries)
-    if len(shards) > 1:
-        _write_json(directory / INDEX_FILE, _index(shards))
+    # Even of one file: without an index many clients read every *.safetensors, the latent head's too.
+    write_json(directory / INDEX_FILE, _index(shards))
     if latent is not None:
         save_latent(directory, *latent)
 
 
 def _entries(
-    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None
+    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None, keep_not_finite: bool
 ) -> Iterator[tuple[str, tensor_files.Entry]]:
     for row, layer, name in hf_names.published(config):
         value = params[row.path]
         kept = origin.dtypes.get(name, value.dtype) if origin else value.dtype
         target = jnp.dtype(kept if dtype is None else dtype)
-        pieces = functools.partial(_pieces, value, row, layer, config, target)
+        pieces = functools.partial(_pieces, value, row, layer, config, target, "" if keep_not_finite else name)
         yield name, tensor_files.Entry(target, row.published_shape(config), pieces)
 
 
-def _pieces(value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings)."""
+def _pieces(
+    value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype, checked: str
+) -> Iterator[np.ndarray]:
+    """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings).
+
+    `checked` names it where its values must be finite.
+    """
     if row.stacked:
         starts, step = [layer], 1
     elif row.ours == row.theirs:
@@ -200,7 +190,10 @@ def _pieces(value, row: hf_names.Weight, layer: int, config: Config, dtype: np.d
     else:
         starts, step = [0], value.shape[0]
     for start in starts:
-        rows = host_rows(value, start, min(step, value.shape[0] - start)).astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # said below, with the tensor's name
+            rows = host_rows(value, start, min(step, value.shape[0] - start)).astype(dtype, copy=False)
+        if checked and not np.isfinite(rows).all():
+            raise UserError(f"tensor '{checked}' has values that are not finite in {dtype}; it is not exported")
         if row.stacked or row.ours != row.theirs:
             rows = row.to_published(rows[0] if row.stacked else rows, config)
         yield rows if rows.flags.c_contiguous else hf_io.copy_in_order(rows)
@@ -260,46 +253,20 @@ def _index(shards: dict[str, dict]) -> dict:
 
 def _stated_dtype(source: Path) -> np.dtype | None:
     """The dtype that a config.json without weights states, under its published or its newer key."""
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     stated = config.get("dtype") or config.get("torch_dtype")
-    return jnp.dtype(stated) if stated else None
+    try:
+        return jnp.dtype(stated) if stated else None
+    except TypeError:
+        raise UserError(f"{source / 'config.json'}: dtype is {shown(stated)}, expected float32 or bfloat16") from None
 
 
 def _restate_dtype(path: Path, dtype: np.dtype) -> None:
     """transformers loads in the dtype that config.json states, wherever it states one."""
-    config = json.loads(path.read_text())
+    config = read_json(path)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config.update(dict.fromkeys(keys, str(dtype)))
     for part in (config.get("text_config"), config.get("vision_config")):
         for key in {"dtype", "torch_dtype"} & (part or {}).keys():
             part[key] = str(dtype)
-    _write_json(path, config)
-
-
-def _copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """A directory beside the given one that takes its place if the block succeeds and is removed if it fails."""
-    partial, old = (directory.with_name(f".{directory.name}.{state}") for state in ("partial", "old"))
-    for left in (partial, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if directory.exists():
-            os.rename(directory, old)
-        os.rename(partial, directory)
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+    write_json(path, config)

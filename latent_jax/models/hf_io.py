@@ -6,7 +6,6 @@ files, and what goes to a device goes there in pieces of `PIECE_BYTES`.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -20,9 +19,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
+from latent_jax.fields import shown
 from latent_jax.models import tensor_files
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.runtime.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -270,16 +271,17 @@ def _weight_files(directory: Path) -> dict[str, list[str]]:
     """Weight file -> the tensors that the index says it holds (none where there is no index)."""
     if (directory / SINGLE_FILE).exists():
         return {SINGLE_FILE: []}
-    try:
-        weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
-        files = {file: [] for file in sorted(set(weight_map.values()))}
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not a checkpoint directory; expected {SINGLE_FILE} or {INDEX_FILE}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory / INDEX_FILE}: expected JSON with a 'weight_map' of tensors to files") from None
+    index = directory / INDEX_FILE
+    if not index.exists():
+        raise UserError(f"{directory}: not a checkpoint directory; expected {SINGLE_FILE} or {INDEX_FILE}")
+    expected = "expected JSON with a 'weight_map' of tensors to files"
+    weight_map = read_json(index, expected="JSON with a 'weight_map' of tensors to files").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: {expected}")
+    files = {file: [] for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise UserError(f"{directory / INDEX_FILE}: tensor '{name}' is put in '{file}', expected a file name")
+        if Path(file).name != file or file in (".", "..") or "\0" in file:
+            raise UserError(f"{index}: tensor {shown(name)} is put in {shown(file)}, expected a file name")
         if not (directory / file).exists():
             raise UserError(f"{directory / file}: missing; {INDEX_FILE} names it")
         files[file].append(name)

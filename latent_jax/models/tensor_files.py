@@ -8,6 +8,7 @@ for bfloat16 in NumPy.) Format: 8 bytes little-endian header length, that many b
 import dataclasses
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -49,28 +50,27 @@ class Entry:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Name -> read-only view of the file's pages, in file order.
+    """Name -> read-only view of the file's pages, in the order of the header.
 
+    As strict as the reference implementation: the tensors cover the file's bytes after the header, each byte once.
     Raises UserError naming the file (and the tensor) if it is missing, truncated, damaged or of an unknown dtype.
     """
+    path = Path(path)
     header, start = _read_header(path)
     size = path.stat().st_size
-    expected = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    dtypes = {name: _dtype(path, name, entry) for name, entry in header.items()}
+    expected = start + _covered(path, header, dtypes)
     if size != expected:
         state = "truncated" if size < expected else "longer than its header says"
         raise UserError(f"{path}: {state}: {size} bytes, expected {expected}")
-    if size == start:
-        return {name: np.zeros(entry["shape"], _dtype(path, name, entry)) for name, entry in header.items()}
     pages = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
     tensors = {}
     for name, entry in header.items():
-        dtype, shape, (begin, end) = _dtype(path, name, entry), tuple(entry["shape"]), entry["data_offsets"]
-        if end - begin != prod(shape) * dtype.itemsize:
-            raise UserError(
-                f"{path}: tensor '{name}' of shape {shape} and dtype {dtype} takes "
-                f"{prod(shape) * dtype.itemsize} bytes, but the header gives it {end - begin}"
-            )
-        tensors[name] = pages[start + begin : start + end].view(dtype).reshape(shape)
+        begin, end = entry["data_offsets"]
+        try:
+            tensors[name] = pages[start + begin : start + end].view(dtypes[name]).reshape(entry["shape"])
+        except ValueError as problem:  # more axes, or longer ones beside an empty one, than NumPy knows
+            raise UserError(f"{path}: tensor '{name}' cannot have the shape {entry['shape']} ({problem})") from None
     return tensors
 
 
@@ -109,28 +109,94 @@ def write(path: Path, entries: Mapping[str, Entry]) -> None:
 def _read_header(path: Path) -> tuple[dict, int]:
     """The header without its metadata, and the offset at which the tensors start."""
     try:
-        with path.open("rb") as file:
-            first = file.read(8)
-            length = int.from_bytes(first, "little")
-            text = file.read(length) if length <= _LONGEST_HEADER else b""
+        # O_NONBLOCK: opening a FIFO that nobody writes to must not wait for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise UserError(f"{path}: not a regular file; expected a safetensors file")
+            length = int.from_bytes(file.read(8), "little")
+            if found.st_size < 8 or length > _LONGEST_HEADER:
+                raise UserError(f"{path}: not a safetensors file")
+            if found.st_size < 8 + length:
+                raise UserError(
+                    f"{path}: truncated: {found.st_size} bytes, and the header alone takes {8 + length}; "
+                    "or not a safetensors file"
+                )
+            text = file.read(length)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a safetensors file") from None
     except OSError as problem:
         raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
-    if len(first) < 8 or length > _LONGEST_HEADER:
-        raise UserError(f"{path}: not a safetensors file")
-    if len(text) < length:
-        raise UserError(f"{path}: truncated: {8 + len(text)} bytes, and the header alone takes {8 + length}")
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            begin, end = entry["data_offsets"]
-            if not (isinstance(entry["dtype"], str) and 0 <= begin <= end and all(n >= 0 for n in entry["shape"])):
-                raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a safetensors file (its header is damaged)") from None
+        # The format allows no byte order mark, no NaN, and no name twice; Python's json takes the last of two.
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_size)
+        if not isinstance(header, dict):
+            raise ValueError("no JSON object")
+        _check_metadata(header.pop("__metadata__", None))
+        wrong = next((name for name, entry in header.items() if not _is_entry(entry)), None)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: not a safetensors file (its header is damaged: {problem})") from None
+    if wrong is not None:
+        raise UserError(
+            f"{path}: not a safetensors file (its header is damaged: tensor '{wrong[:80]}': expected dtype, shape and "
+            "data_offsets of non-negative integers)"
+        )
     return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)[:80]}' stands in it twice")
+    return found
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _size(digits: str) -> int:
+    return -1 if digits.startswith("-") else int(digits)  # -0 is no size either
+
+
+def _check_metadata(metadata) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError("__metadata__ is not an object of strings")
+
+
+def _is_entry(entry) -> bool:
+    def sizes(value) -> bool:
+        # bool is a subclass of int, and 2.0 == 2: neither is a size.
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**64 for n in value)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and sizes(entry.get("shape"))
+        and sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
+def _covered(path: Path, header: dict, dtypes: dict[str, np.dtype]) -> int:
+    """How many bytes the tensors cover, without a hole and none of them twice. Raises UserError naming the tensor."""
+    at = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != at or end < begin:
+            what = "ends before it begins" if end < begin else "overlaps another" if begin < at else "follows a hole"
+            raise UserError(f"{path}: tensor '{name}' {what}: bytes {begin} to {end}, expected it to begin at {at}")
+        taken = prod(entry["shape"]) * dtypes[name].itemsize
+        if end - begin != taken:
+            raise UserError(
+                f"{path}: tensor '{name}' of shape {tuple(entry['shape'])} and dtype {dtypes[name]} takes {taken} "
+                f"bytes, but the header gives it {end - begin}"
+            )
+        at = end
+    return at
 
 
 def _dtype(path: Path, name: str, entry: dict) -> np.dtype:

@@ -41,7 +41,9 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, tied, sharded, new_names):
     source = tiny_hf.write(tmp_path / "a", dtype=dtype, tied=tied, sharded=sharded, new_names=new_names)
     output = export(source, tmp_path / "b", max_shard_bytes=9000 if sharded else None)
     assert tiny_hf.same_bits(tiny_hf.read(output), published(source))
-    assert (output / "model.safetensors.index.json").exists() == sharded
+    # Always an index: without one, clients take every *.safetensors of the directory for weights.
+    assert (output / "model.safetensors.index.json").exists()
+    assert (output / "model.safetensors").exists() != sharded
     for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (output / file).read_bytes() == (source / file).read_bytes()
 
@@ -190,6 +192,7 @@ def test_an_earlier_export_is_replaced_whole(made, tmp_path):
     output = export(made, tmp_path / "b")
     assert {file.name for file in output.iterdir()} == {
         "model.safetensors",
+        "model.safetensors.index.json",
         "config.json",
         "generation_config.json",
         "tokenizer_config.json",

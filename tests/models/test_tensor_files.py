@@ -1,6 +1,7 @@
 """The safetensors reader and writer against the reference package."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latent_jax.errors import UserError
@@ -130,3 +132,81 @@ def test_an_unknown_dtype_is_named(written):
     rewrite_header(written, lambda header: header["w"].update(dtype="F8_E4M3"))
     with pytest.raises(UserError, match="tensor 'w' has dtype F8_E4M3, expected one of F32, F16, BF16"):
         tensor_files.read(written)
+
+
+PLAIN = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+OTHER = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+VALUES = [None, True, 0, 1, -1, 2.0, 2**64, "F32", "2", [], [0], [2], [1, 2], [8, 12], [0, 8], [4, 12], [0, 12], {}]
+
+
+def put(path, header: str | bytes, size: int):
+    text = header if isinstance(header, bytes) else header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+
+
+def accepted(path) -> tuple[bool, bool]:
+    """(by ours, by the reference package)"""
+    try:
+        tensor_files.read(path)
+        ours = True
+    except UserError as problem:
+        assert "\n" not in str(problem) and str(path) in str(problem)
+        ours = False
+    try:
+        with safe_open(path, "np"):
+            return ours, True
+    except SafetensorError:
+        return ours, False
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_changed_header_is_accepted_if_and_only_if_the_reference_accepts_it(tmp_path_factory, data):
+    header = {"a": dict(PLAIN), "b": dict(OTHER), "__metadata__": {"format": "pt"}}
+    for _ in range(data.draw(st.integers(1, 2))):
+        where = data.draw(st.sampled_from(["a", "b", "__metadata__"]))
+        key, value = data.draw(st.sampled_from([*PLAIN, "format", None])), data.draw(st.sampled_from(VALUES))
+        if key is None or not isinstance(header[where], dict):
+            # The reference takes a list for a tensor's three fields in their order; nobody writes that.
+            header[where] = {} if isinstance(value, list) else value
+        else:
+            header[where] = header[where] | {key: value}
+    size = data.draw(st.sampled_from([12, 12, 12, 8, 0, 13]))
+    path = tmp_path_factory.mktemp("changed") / "a.safetensors"
+    put(path, json.dumps(header), size)
+    ours, theirs = accepted(path)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "header, size, fault",
+    [
+        ('{"a": [0]}', 0, "tensor 'a': expected dtype"),
+        ("[]", 0, "no JSON object"),
+        ('{"a": ' + "[" * 100_000, 0, "its header is damaged"),
+        (b'{"\xff": {}}', 0, "its header is damaged"),
+        ("\ufeff{}", 0, "its header is damaged"),
+        ('{"a": {"dtype": "F32", "shape": [-0], "data_offsets": [0, 0]}}', 0, "non-negative"),
+        ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 0]}}', 0, "NaN"),
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}', 12, "'a' follows a hole"),
+        (json.dumps({"a": PLAIN, "b": PLAIN}), 8, "overlaps another"),
+    ],
+)
+def test_what_the_reference_refuses_is_refused(tmp_path, header, size, fault):
+    put(tmp_path / "a.safetensors", header, size)
+    with pytest.raises(UserError, match=fault):
+        tensor_files.read(tmp_path / "a.safetensors")
+    assert accepted(tmp_path / "a.safetensors") == (False, False)
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    entry = json.dumps(PLAIN)
+    put(tmp_path / "a.safetensors", f'{{"w": {entry}, "w": {entry}}}', 8)
+    with pytest.raises(UserError, match="'w' stands in it twice"):
+        tensor_files.read(tmp_path / "a.safetensors")
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="not a regular file"):
+        tensor_files.read(tmp_path / "a.safetensors")

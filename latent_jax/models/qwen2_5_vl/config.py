@@ -1,28 +1,39 @@
 """Qwen2.5-VL's shape, read from an HF config.json in the published and in the current key style."""
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 
+from latent_jax import fields
 from latent_jax.errors import UserError
+from latent_jax.runtime.files import read_json
+
+
+def _number(low: float | None = None, high: float | None = None, above: float | None = None, **default):
+    """A field with the range that a config.json may give it; beyond it lies a slip or an attack, not a model."""
+    return dataclasses.field(metadata=dict(low=low, high=high, above=above), **default)
+
+
+def _size(high: int, **default):
+    return _number(1, high, **default)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The vision tower (HF Qwen2_5_VLVisionConfig). Sizes are in pixels for patch_size and window_size."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    window_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    out_hidden_size: int
-    in_channels: int = 3
-    tokens_per_second: float = 4.0
+    depth: int = _size(1000)
+    hidden_size: int = _size(2**17)
+    intermediate_size: int = _size(2**20)
+    num_heads: int = _size(2**12)
+    patch_size: int = _size(1024)
+    temporal_patch_size: int = _size(64)
+    spatial_merge_size: int = _size(64)
+    window_size: int = _size(2**20)
+    fullatt_block_indexes: tuple[int, ...] = _number(0, 1000)
+    out_hidden_size: int = _size(2**17)
+    in_channels: int = dataclasses.field(default=3, metadata=dict(choices=(3,)))
+    tokens_per_second: float = _number(above=0, high=10**6, default=4.0)
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
@@ -55,16 +66,16 @@ class VisionConfig:
 class TextConfig:
     """The language model (HF Qwen2_5_VLTextConfig)."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
+    vocab_size: int = _size(2**24)
+    hidden_size: int = _size(2**17)
+    intermediate_size: int = _size(2**20)
+    num_hidden_layers: int = _size(1000)
+    num_attention_heads: int = _size(2**12)
+    num_key_value_heads: int = _size(2**12)
+    head_size: int = _size(2**13)
+    rms_norm_eps: float = _number(0, 1)
+    rope_theta: float = _number(above=0, high=10**12)
+    mrope_section: tuple[int, int, int] = _number(0, 2**12)
     tie_word_embeddings: bool
 
     def __post_init__(self):
@@ -83,97 +94,114 @@ class Config:
 
     text: TextConfig
     vision: VisionConfig
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    image_token_id: int = _number(0, 2**24)
+    video_token_id: int = _number(0, 2**24)
+    vision_start_token_id: int = _number(0, 2**24)
+    vision_end_token_id: int = _number(0, 2**24)
     # What the image processor normalises by; preprocessor_config.json may say otherwise (these are CLIP's).
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise UserError(
+                f"vision_config.out_hidden_size is {self.vision.out_hidden_size}, expected the language model's "
+                f"hidden_size {self.text.hidden_size}"
+            )
 
 
 def from_json(source: dict | str | Path) -> Config:
     """Reads a config.json (a path or its parsed content), whichever key style wrote it.
 
     Published checkpoints keep the language model's fields at the top level and `rope_scaling`; transformers 5 nests
-    them under `text_config` with `rope_parameters`. Raises UserError naming the missing or unsupported key.
+    them under `text_config` with `rope_parameters`. Raises UserError naming the file and the key that is missing,
+    unsupported, of another type or out of its range.
     """
+    where = "config.json" if isinstance(source, dict) else str(source)
     if not isinstance(source, dict):
-        path = Path(source)
-        try:
-            source = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected a Qwen2.5-VL config.json") from None
-        except json.JSONDecodeError as problem:
-            raise UserError(f"{path}: not JSON ({problem})") from None
-        if not isinstance(source, dict):
-            raise UserError(f"{path}: not a JSON object; expected a Qwen2.5-VL config.json")
+        source = read_json(source, expected="a Qwen2.5-VL config.json")
+    try:
+        return _config(source)
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}") from None
+
+
+def _config(source: dict) -> Config:
     if source.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"config.json: model_type is {source.get('model_type')!r}, expected 'qwen2_5_vl'")
+        raise UserError(f"model_type is {fields.shown(source.get('model_type'))}, expected 'qwen2_5_vl'")
+    ids = {**_section(source, "text_config"), **{key: value for key, value in source.items() if value is not None}}
     return Config(
         text=_text(source),
         vision=_vision(source),
-        image_token_id=_need(source, "image_token_id"),
-        video_token_id=_need(source, "video_token_id"),
-        vision_start_token_id=_either(source, source.get("text_config") or {}, "vision_start_token_id", 151652),
-        vision_end_token_id=_either(source, source.get("text_config") or {}, "vision_end_token_id", 151653),
+        image_token_id=fields.read(Config, "image_token_id", source),
+        video_token_id=fields.read(Config, "video_token_id", source),
+        vision_start_token_id=fields.read(Config, "vision_start_token_id", ids, default=151652),
+        vision_end_token_id=fields.read(Config, "vision_end_token_id", ids, default=151653),
     )
 
 
-def _either(first: dict, second: dict, key: str, default=None):
-    value = first.get(key, second.get(key))
-    return default if value is None else value
+def _section(source: dict, key: str) -> dict:
+    section = source.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise UserError(f"{key} is {fields.shown(section)}, expected an object")
+    return section or {}
 
 
-def _need(source: dict, key: str, where: str = "config.json"):
-    if source.get(key) is None:
-        raise UserError(f"{where}: key '{key}' is missing")
-    return source[key]
+def _silu(section: dict, inside: str = "") -> None:
+    if section.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{inside}hidden_act is {fields.shown(section['hidden_act'])}, expected 'silu'")
 
 
 def _text(source: dict) -> TextConfig:
-    text = {**source, **(source.get("text_config") or {})}
+    nested = _section(source, "text_config")
+    text = {**source, **nested}
     if text.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is true, expected false as in every published Qwen2.5-VL")
-    if text.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act is {text['hidden_act']!r}, expected 'silu'")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise UserError(f"config.json: rope type {rope.get('rope_type', rope.get('type'))!r}, expected 'mrope'")
-    heads = _need(text, "num_attention_heads")
-    hidden = _need(text, "hidden_size")
+        raise UserError("use_sliding_window is true, expected false as in every published Qwen2.5-VL")
+    _silu(text)
+    rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
+    style = rope.get("rope_type", rope.get("type", "default"))
+    if style not in ("default", "mrope"):
+        raise UserError(f"rope type {fields.shown(style)}, expected 'mrope'")
+    read = functools.partial(fields.read, TextConfig, source=text)
+    heads, hidden = read("num_attention_heads"), read("hidden_size")
+    # The top level decides: transformers writes the tie there and leaves the nested default behind.
+    tied = {**nested, **{key: value for key, value in source.items() if value is not None}}
     return TextConfig(
-        vocab_size=_need(text, "vocab_size"),
+        vocab_size=read("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_need(text, "intermediate_size"),
-        num_hidden_layers=_need(text, "num_hidden_layers"),
+        intermediate_size=read("intermediate_size"),
+        num_hidden_layers=read("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=text.get("num_key_value_heads") or heads,
-        head_size=text.get("head_dim") or hidden // heads,
-        rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-        mrope_section=tuple(_need(rope, "mrope_section", "config.json: rope_scaling")),
-        # The top level decides: transformers writes the tie there and leaves the nested default behind.
-        tie_word_embeddings=bool(_either(source, source.get("text_config") or {}, "tie_word_embeddings", False)),
+        num_key_value_heads=read("num_key_value_heads", default=heads),
+        head_size=fields.read(TextConfig, "head_size", text, "head_dim", default=hidden // heads),
+        rms_norm_eps=read("rms_norm_eps", default=1e-5),
+        rope_theta=fields.read(TextConfig, "rope_theta", {**text, **rope}, default=1e6),
+        mrope_section=fields.read(TextConfig, "mrope_section", rope, inside="rope_scaling."),
+        tie_word_embeddings=fields.read(TextConfig, "tie_word_embeddings", tied, default=False),
     )
 
 
 def _vision(source: dict) -> VisionConfig:
-    vision = _need(source, "vision_config")
-    if vision.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: vision_config.hidden_act is {vision['hidden_act']!r}, expected 'silu'")
-    get = lambda key, default: default if vision.get(key) is None else vision[key]  # noqa: E731
+    vision, inside = _section(source, "vision_config"), "vision_config."
+    if not vision:
+        raise UserError("key 'vision_config' is missing")
+    _silu(vision, inside)
+    read = functools.partial(fields.read, VisionConfig, source=vision, inside=inside)
     return VisionConfig(
-        depth=get("depth", 32),
-        hidden_size=_need(vision, "hidden_size", "config.json: vision_config"),
-        intermediate_size=get("intermediate_size", 3420),
-        num_heads=get("num_heads", 16),
-        patch_size=get("patch_size", get("spatial_patch_size", 14)),
-        temporal_patch_size=get("temporal_patch_size", 2),
-        spatial_merge_size=get("spatial_merge_size", 2),
-        window_size=get("window_size", 112),
-        fullatt_block_indexes=tuple(get("fullatt_block_indexes", (7, 15, 23, 31))),
-        out_hidden_size=get("out_hidden_size", 3584),
-        in_channels=get("in_channels", get("in_chans", 3)),
-        tokens_per_second=get("tokens_per_second", 4),
+        depth=read("depth", default=32),
+        hidden_size=read("hidden_size"),
+        intermediate_size=read("intermediate_size", default=3420),
+        num_heads=read("num_heads", default=16),
+        patch_size=fields.read(
+            VisionConfig, "patch_size", vision, "patch_size", "spatial_patch_size", default=14, inside=inside
+        ),
+        temporal_patch_size=read("temporal_patch_size", default=2),
+        spatial_merge_size=read("spatial_merge_size", default=2),
+        window_size=read("window_size", default=112),
+        fullatt_block_indexes=read("fullatt_block_indexes", default=(7, 15, 23, 31)),
+        out_hidden_size=read("out_hidden_size", default=3584),
+        in_channels=fields.read(
+            VisionConfig, "in_channels", vision, "in_channels", "in_chans", default=3, inside=inside
+        ),
+        tokens_per_second=read("tokens_per_second", default=4),
     )
