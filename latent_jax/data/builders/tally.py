@@ -58,7 +58,7 @@ class Tally:
         for kind, reasons in self._skipped.items():
             lines.append(f"{self.split}: skipped {_total(reasons)} of {self._seen[kind]} {kind}s")
             if kind == "download":
-                lines[-1] += ", links that were dead when the set was downloaded: see skipped.jsonl"
+                lines.append("  links that were dead when the set was downloaded; each is in skipped.jsonl")
                 continue
             lines += [f"  {reason}" for reason, _ in reasons[:_LISTED]]
             if len(reasons) > _LISTED:
