@@ -24,7 +24,7 @@ from latent_jax.runtime import files
 
 T = TypeVar("T")
 # What image datasets hold. PIL knows dozens more, and one of them starts another program (PostScript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_BYTES = 256 * 2**20  # of one encoded image; PIL itself has a limit for pixels
 _UPRIGHT = {  # EXIF orientation -> what makes it upright
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
