@@ -86,6 +86,10 @@ class Encoder:
             return
         if jax.process_count() > 1:
             raise UserError(f"{cache.folder}: not complete; make the latent cache in a run of one process first")
+        with cache.filling():
+            self._fill(cache, source, cache.missing(), say)
+
+    def _fill(self, cache: LatentCache, source: Sequence, missing: list[int], say: Callable[[str], None]) -> None:
         total = sum(len(cache.indices(shard)) for shard in missing)
         say(f"latent cache: {total} of {cache.records} images to encode, into {cache.folder}")
         began = told = time.monotonic()

@@ -11,6 +11,7 @@ data/builders says which files it expects. Run again after a kill, it goes on wh
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from latent_jax.command import Parser, command
 from latent_jax.data import scenes
@@ -43,6 +44,19 @@ def prepare(flags: argparse.Namespace) -> None:
     lines = build(flags.dataset, flags.raw, flags.output, max_bad=flags.max_bad, workers=flags.workers)
     for line in lines:
         print(line, file=sys.stderr)
+    found = sorted(Path(flags.output, flags.dataset).glob("*/skipped.jsonl"))
+    if found and found[-1].stat().st_size:
+        print(f"everything that was skipped: {found[-1]}", file=sys.stderr)
+    print(f"next: {_next(flags)}", file=sys.stderr)
+
+
+def _next(flags):
+    """The command that uses what was prepared."""
+    if flags.dataset in ("coco_captions", "conceptual_captions", "laion"):
+        what = f"--config=configs/pretrain.py --config.data.name={flags.dataset}"
+    else:
+        what = f"--config=configs/evaluate.py --config.benchmark={flags.dataset}"
+    return f"python -m latent_jax.main {what} --config.data.path={flags.output} --workdir=runs/{flags.dataset}"
 
 
 @command

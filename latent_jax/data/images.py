@@ -10,7 +10,6 @@ import io
 import itertools
 import math
 import os
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,15 +17,25 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 from jaxtyping import Int32, UInt8
 
 from latent_jax import fields
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
 T = TypeVar("T")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, PIL.Image.DecompressionBombError)
+# What image datasets hold. PIL knows dozens more, and one of them starts another program (PostScript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_BYTES = 256 * 2**20  # of one encoded image; PIL itself has a limit for pixels
+_UPRIGHT = {  # EXIF orientation -> what makes it upright
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,8 @@ class Patches:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; UserError naming the file where there is none."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; expected a Hugging Face checkpoint directory")
     return files.read_json(path, expected="a JSON object of a Hugging Face checkpoint")
 
 
@@ -189,20 +200,44 @@ def open_image(source: Any, name: str = "") -> PIL.Image.Image:
         where = f"{name}: {source}" if name else str(source)
         if not os.path.isfile(source):
             raise UserError(f"{where}: no such image file")
-        return _checked(functools.partial(_decode, source), where)
+        return _checked(functools.partial(_decode, io.BytesIO(read(source, where))), where)
     raise UserError(f"{name or 'image'}: expected a path, bytes, a PIL image or an array, got {type(source).__name__}")
 
 
+def read(file: str | os.PathLike, name: str) -> bytes:
+    """An image file as it stands. Raises UserError that says `name` where it is none, or larger than any image."""
+    try:
+        return files.read_bytes(file, MOST_BYTES)
+    except UserError as problem:
+        reason = str(problem).removeprefix(f"{file}: ")
+        raise UserError(
+            f"{name}: no such image file" if reason.startswith("No such") else f"{name}: {reason}"
+        ) from None
+
+
+def opened(file) -> PIL.Image.Image:
+    """PIL's image of an encoded file, its header read. Whatever is in none of FORMATS is unknown here."""
+    return PIL.Image.open(file, formats=FORMATS)
+
+
 def _decode(file) -> PIL.Image.Image:
-    with PIL.Image.open(file) as image:
+    with opened(file) as image:
         image.load()
-        # A palette's transparent colour outlives this conversion as a colour key, which HF's processor paints white.
-        return _on_white(_rgb(PIL.ImageOps.exif_transpose(image) if _turned(image) else image))
+        return flattened(image)
 
 
-def _turned(image: PIL.Image.Image) -> bool:
-    """Whether an EXIF tag says that the image is not upright. (exif_transpose copies an upright one.)"""
-    return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A decoded file upright and in RGB."""
+    # PIL's exif_transpose writes the other tags again, and fails where one of them has a wrong type.
+    turn = _UPRIGHT.get(orientation(image))
+    # A palette's transparent colour outlives this conversion as a colour key, which HF's processor paints white.
+    return _on_white(_rgb(image if turn is None else image.transpose(turn)))
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """The EXIF tag that says how an image lies: 1 upright, to 8; 1 where the tag has no such value."""
+    found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -227,10 +262,12 @@ def guarded(read: Callable[[], T], name: str) -> T:
     """What `read` gives; what PIL raises over a broken file becomes a UserError naming it."""
     try:
         return read()
+    except UserError:
+        raise
     except PIL.UnidentifiedImageError:
-        raise UserError(f"{name}: not an image in a known format") from None
-    except _BROKEN as problem:
-        raise UserError(f"{name}: not a whole image ({problem})") from None
+        raise UserError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from None
+    except Exception as problem:  # PIL raises almost anything on broken files
+        raise UserError(f"{name}: not a whole image ({one_line(problem) or type(problem).__name__})") from None
 
 
 def check_aspect(size: tuple[int, int], name: str) -> None:

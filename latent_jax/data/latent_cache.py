@@ -5,13 +5,16 @@ that a cache whose making was killed goes on at its first missing shard. A row i
 checksum of the image that they are of.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
 import operator
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -51,15 +54,20 @@ class LatentCache:
         cache = cls(Path(folder), made_from, records, tuple(shape), dtype)
         wanted, file = cache._manifest(), cache.folder / MANIFEST
         if not file.exists():
-            if cache.folder.exists() and any(cache.folder.iterdir()):
+            # A kill while the first file was written leaves a part of it, under a name of its own.
+            held = list(cache.folder.iterdir()) if cache.folder.exists() else []
+            if any(not each.name.startswith(f".{MANIFEST}.") for each in held):
                 raise UserError(
                     f"{cache.folder}: not empty and no latent cache (no {MANIFEST}); expected a new directory"
                 )
             files.write_text(file, json.dumps(wanted, indent=2) + "\n")
         try:
-            found = _flat(json.loads(file.read_text()))
-        except (ValueError, AttributeError):
-            raise UserError(f"{file}: not a JSON object; delete {cache.folder}, and it is made again") from None
+            found = _flat(files.read_json(file))
+        except (UserError, RecursionError) as problem:
+            said = str(problem).removeprefix(f"{file}: ")
+            raise UserError(
+                f"{file}: not a JSON object; delete {cache.folder}, and it is made again ({said})"
+            ) from None
         wanted = _flat(json.loads(json.dumps(wanted)))
         differ = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
         if differ:
@@ -78,7 +86,7 @@ class LatentCache:
 
     @functools.cached_property
     def shard_records(self) -> int:
-        return max(1, min(_SHARD_RECORDS, _SHARD_BYTES // self._row.itemsize))
+        return max(1, min(_SHARD_RECORDS, _SHARD_BYTES // self._unchecked.itemsize))
 
     @property
     def shards(self) -> int:
@@ -100,6 +108,8 @@ class LatentCache:
             row = table[own.index(index)]
             row["known"], row["image"] = 1, zlib.crc32(image)
             row["latents"] = latents.astype(_DTYPES[self.dtype][0]).view(_DTYPES[self.dtype][1])
+        for index, row in zip(own, table, strict=True):
+            row["sum"] = _sum(index, row)
         with files.whole(self._file(shard)) as file:
             np.save(file, table)
 
@@ -109,8 +119,13 @@ class LatentCache:
         Reads from disk what is used, when it is used. Raises UserError where `image` is another than was encoded.
         """
         shard, place = divmod(index, self.shard_records)
-        offset = self._offsets[shard] + place * self._row.itemsize
-        row = np.memmap(self._file(shard), self._row, "r", offset, shape=(1,))[0]
+        start, kind = self._offsets[shard]
+        try:
+            row = np.memmap(self._file(shard), kind, "r", start + place * kind.itemsize, shape=(1,))[0]
+        except (OSError, ValueError):
+            raise UserError(self._damaged(shard)) from None
+        if "sum" in kind.names and row["sum"] != _sum(index, row):
+            raise UserError(f"{self._damaged(shard)} (record {index} is not as it was written)")
         if not row["known"]:
             return None
         if row["image"] != zlib.crc32(image):
@@ -122,11 +137,17 @@ class LatentCache:
 
     @property
     def _row(self) -> np.dtype:
+        checks = [("known", "<u4"), ("image", "<u4"), ("sum", "<u4")]
+        return np.dtype([*checks, ("latents", _DTYPES[self.dtype][1], self.shape)])
+
+    @property
+    def _unchecked(self) -> np.dtype:
+        """Rows as they were before they had a checksum of their own."""
         return np.dtype([("known", "<u4"), ("image", "<u4"), ("latents", _DTYPES[self.dtype][1], self.shape)])
 
     @functools.cached_property
-    def _offsets(self) -> list[int]:
-        """Where each shard's rows begin. The cache is complete from here on."""
+    def _offsets(self) -> list[tuple[int, np.dtype]]:
+        """Where each shard's rows begin, and what they are. The cache is complete from here on."""
         offsets = [self._offset(shard) for shard in range(self.shards)]
         if None in offsets:
             raise UserError(f"{self._file(offsets.index(None))}: missing; the latent cache is not complete")
@@ -135,16 +156,40 @@ class LatentCache:
     def _file(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:05}.npy"
 
-    def _offset(self, shard: int) -> int | None:
-        try:
-            rows = np.load(self._file(shard), mmap_mode="r")
-        except FileNotFoundError:
+    def _offset(self, shard: int) -> tuple[int, np.dtype] | None:
+        file = self._file(shard)
+        if not os.path.lexists(file):
             return None
-        except (ValueError, EOFError, OSError):
+        try:
+            rows = np.load(file, mmap_mode="r") if file.is_file() else np.zeros(0)
+        except Exception:  # NumPy parses the header as Python
             rows = np.zeros(0)
-        if (rows.dtype, len(rows)) != (self._row, len(self.indices(shard))):
-            raise UserError(f"{self._file(shard)}: damaged; delete it, and it is made again")
-        return rows.offset
+        if rows.dtype not in (self._row, self._unchecked) or rows.shape != (len(self.indices(shard)),):
+            raise UserError(self._damaged(shard))
+        return rows.offset, rows.dtype
+
+    def _damaged(self, shard: int) -> str:
+        return f"{self._file(shard)}: damaged; delete it, and it is made again"
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Around `write`s: one process at a time, and what a killed one left half-written is gone.
+
+        Raises UserError where another process fills this cache.
+        """
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder}: another process makes this latent cache") from None
+            for left in self.folder.glob(".latents-*.npy.*"):
+                left.unlink(missing_ok=True)
+            for left in self.folder.glob(f".{MANIFEST}.*"):
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(folder)
 
 
 class Cached(Sequence):
@@ -169,6 +214,12 @@ class Cached(Sequence):
 
     def __repr__(self) -> str:
         return f"Cached({self._source!r}, {str(self._cache.folder)!r})"
+
+
+def _sum(index: int, row: np.void) -> int:
+    """CRC-32 of a row and its place: a row of zeros, or of another record, has another."""
+    head = zlib.crc32(np.array([index, row["known"], row["image"]], "<u8").tobytes())
+    return zlib.crc32(np.ascontiguousarray(row["latents"]), head)
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,8 @@ def image_size(source: Any, name: str = "") -> tuple[int, int]:
     Raises UserError as `open_image` does, but for what only decoding finds.
     """
     if isinstance(source, str | os.PathLike) and os.path.isfile(source):
-        data, where = Path(source).read_bytes(), f"{name}: {source}" if name else str(source)
+        where = f"{name}: {source}" if name else str(source)
+        data = images.read(source, where)
     elif isinstance(source, bytes | bytearray | memoryview):
         data, where = bytes(source), name or "image bytes"
     else:
@@ -78,7 +78,7 @@ def image_size(source: Any, name: str = "") -> tuple[int, int]:
 
 
 def _upright_size(data: bytes) -> tuple[int, int]:
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with images.opened(io.BytesIO(data)) as image:
         # A PNG may keep its EXIF behind the pixels, and PIL decodes it to look there; most hold no such thing.
         anywhere = image.format != "PNG" or b"eXIf" in data or b"Raw profile type" in data
         exif = image.getexif() if anywhere else PIL.Image.Image.getexif(image)

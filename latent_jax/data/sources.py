@@ -6,17 +6,20 @@ here imports TensorFlow.
 """
 
 import bisect
+import hashlib
 import itertools
 import json
 import operator
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from latent_jax.errors import UserError
+from latent_jax.data import checks
+from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
 Record = dict[str, Any]
@@ -41,6 +44,10 @@ _FORM = "records2"  # how prepared records are laid out: builders.base, whose VE
 _FEATURES = {"key", "images", "helper_images", "captions", "questions", "extra"}
 
 
+class Damaged(UserError):
+    """A shard that cannot be read back. Not a bad record, which is skipped: the disk or a copy is at fault."""
+
+
 class Source(Sequence):
     """One split of a prepared dataset, or one `group` (a sub-task) of it. Safe in threads; pickles by path."""
 
@@ -51,23 +58,31 @@ class Source(Sequence):
     def _open(self):
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._folder)
+        builder = _builder(self._folder)
         if self._split not in builder.info.splits:
             raise UserError(f"{self._folder}: no split {self._split!r}, it has {', '.join(builder.info.splits)}")
         if set(builder.info.features) != _FEATURES:
             raise UserError(f"{self._folder}: prepared by another version of this package; remove it and prepare again")
         # Raw bytes: TFDS's own parsing of these records into numpy takes five times as long.
-        self._bytes = builder.as_data_source(
-            split=self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        info = builder.info.splits[self._split]
+        self._shards, self._shard_ends = _shards(info), list(itertools.accumulate(info.shard_lengths))
+        checks.sums(self._folder, self._shards)
+        try:
+            self._bytes = builder.as_data_source(
+                split=self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+        except Exception as problem:  # TFDS and ArrayRecord raise almost anything on broken files
+            raise UserError(f"{self._folder}: cannot be opened, prepare again ({one_line(problem)[:200]})") from None
         self._runs = self._find_group() if self._group else [(0, len(self._bytes))]
         self._ends = list(itertools.accumulate(end - start for start, end in self._runs))
 
     def _find_group(self):
         """(first, one past the last) record of each run of the group."""
         file = self._folder / "groups.json"
-        runs = json.loads(file.read_text())[self._split] if file.exists() else []
+        runs = files.read_json(file)[self._split] if file.exists() else []
         ends = list(itertools.accumulate(count for _, count in runs))
+        if (ends or [0])[-1] not in (0, len(self._bytes)):
+            raise UserError(f"{file}: damaged: it tells of {ends[-1]} records, {self._split} has {len(self._bytes)}")
         found = [(end - count, end) for (name, count), end in zip(runs, ends, strict=True) if name == self._group]
         if not found:
             names = ", ".join(dict.fromkeys(name for name, _ in runs)) or "none"
@@ -83,7 +98,16 @@ class Source(Sequence):
             raise IndexError(f"{self!r} has {len(self)} records, not {index}")
         index %= len(self)
         run = bisect.bisect_right(self._ends, index)
-        record = _record(self._bytes[self._runs[run][1] - self._ends[run] + index])
+        place = self._runs[run][1] - self._ends[run] + index
+        try:
+            record = _record(self._bytes[place])
+        except Exception as problem:  # ArrayRecord's RuntimeError; what follows where another file took its place
+            shard = bisect.bisect_right(self._shard_ends, place)
+            file = self._folder / self._shards[shard] if shard < len(self._shards) else self._folder
+            raise Damaged(
+                f"{file}: damaged: record {place} cannot be read; copy it again or prepare the dataset again "
+                f"({one_line(problem)[:200]})"
+            ) from None
         return {**record, "dataset": self._folder.parent.name}
 
     def __iter__(self) -> Iterator[Record]:
@@ -152,9 +176,45 @@ def open_source(name: str, path: str | os.PathLike, split: str) -> Source:
 
 def split_names(name: str, path: str | os.PathLike) -> list[str]:
     """The splits that `open_source` can open. Raises as it does."""
+    return list(_builder(_folder(name, path)).info.splits)
+
+
+def fingerprint(name: str, path: str | os.PathLike, split: str) -> str:
+    """A short hash of what `open_source` opens: the same wherever the files lie, another when records change.
+
+    Reads no records: prepare's checksums stand for them, or, where it wrote none, the sizes of the files.
+    """
+    folder = _folder(name, path)
+    splits = _builder(folder).info.splits
+    if split not in splits:
+        raise UserError(f"{folder}: no split {split!r}, it has {', '.join(splits)}")
+    info = splits[split]
+    _, _, group = name.partition("/")
+    content = [folder.parent.name, split, group, list(info.shard_lengths), info.num_bytes]
+    content.append(list(checks.sums(folder, _shards(info)).values()))
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _builder(folder: Path):
+    """TFDS's builder of a prepared dataset. Raises UserError that names the file that is broken."""
+    for name in ("dataset_info.json", "features.json"):
+        files.read_json(folder / name)
     import tensorflow_datasets as tfds
 
-    return list(tfds.builder_from_directory(_folder(name, path)).info.splits)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        for info in builder.info.splits.values():
+            if not _shards(info) or not info.num_examples:
+                raise ValueError(f"split {info.name} has no records")
+        return builder
+    except Exception as problem:  # protobuf's, TFDS's and Python's own
+        said = one_line(problem)[:200] or type(problem).__name__
+        raise UserError(f"{folder / 'dataset_info.json'}: damaged, prepare the dataset again ({said})") from None
+
+
+def _shards(info) -> list[str]:
+    """File names of a split in the order of its records."""
+    return [os.path.basename(str(file)) for file in sorted(info.filenames)]
 
 
 def fingerprint(name: str, path: str | os.PathLike, split: str) -> str:
@@ -234,11 +294,12 @@ def _cached(dataset: str) -> Path:
     counts = "-".join(str(size) for size in sizes.values())
     folder = files.cache_directory() / f"{dataset}-{scenes.VERSION}-{_FORM}-seed0-{counts}"
     if not folder.exists():
+        print(f"{dataset}: making {sum(sizes.values())} images, once, into {folder}", file=sys.stderr)
         try:
             if benchmark:
-                build_scenes_benchmark(benchmark, folder, sizes=sizes)
+                build_scenes_benchmark(benchmark, folder, sizes=sizes, wait=True)
             else:
-                build_scenes(folder, sizes=sizes)
+                build_scenes(folder, sizes=sizes, wait=True)
         except UserError:
             if not folder.exists():
                 raise

@@ -128,6 +128,19 @@ def test_directories_and_files_that_are_no_cache_are_named(tmp_path):
         opened(tmp_path / "c")
 
 
+def test_latents_that_are_not_as_they_were_written_are_refused(tmp_path):
+    """Zeros too: they would read as a record that was left out."""
+    fill(opened(tmp_path), without=(1,))
+    shard = tmp_path / "latents-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-100:] = bytes(100)
+    shard.write_bytes(data)
+    cache = opened(tmp_path)
+    assert cache.read(1, image(1)) is None
+    with pytest.raises(UserError, match=r"latents-00000.npy: damaged; delete it, and it is made again"):
+        cache.read(3, image(3))
+
+
 def test_a_shard_of_large_latents_is_cut_by_its_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache, "_SHARD_BYTES", 250)
     assert opened(tmp_path).shard_records == 2  # 4 * 6 * 4 bytes and 8 more a record

@@ -139,7 +139,7 @@ def test_losing_the_race_for_the_cache_is_fine(tmp_path, monkeypatch, prepared):
 
     def overtaken(directory, **options):
         write(directory, **options)
-        (name,) = {path.name.split(".scenes", 1)[1].rsplit(".", 2)[0] for path in tmp_path.iterdir()}
+        (name,) = {path.name.split(".scenes", 1)[1].removesuffix(".prepare") for path in tmp_path.iterdir()}
         shutil.copytree(prepared, tmp_path / f"scenes{name}")
 
     monkeypatch.setattr(scenes, "write", overtaken)
@@ -191,6 +191,27 @@ def test_prepared_bytes_depend_on_the_input_alone(prepared, tmp_path):
     assert len(files) == len(SIZES)
     for file in files:
         assert (tmp_path / file.relative_to(prepared)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "deleted", "info"])
+def test_damage_is_named_when_it_is_met(prepared, tmp_path, harm):
+    shutil.copytree(prepared / "gqa", tmp_path / "gqa")
+    (file,) = tmp_path.rglob("*train.array_record*")
+    data = bytearray(file.read_bytes())
+    same = sources.fingerprint("gqa", prepared, "train")
+    assert same == sources.fingerprint("gqa", tmp_path, "train") != sources.fingerprint("gqa", prepared, "validation")
+    if harm == "flipped":
+        data[300] ^= 16
+        file.write_bytes(data)
+    elif harm == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif harm == "deleted":
+        file.unlink()
+    else:
+        file = file.parent / "dataset_info.json"
+        file.write_text(file.read_text()[:200])
+    with pytest.raises(UserError, match=rf"{file}: "):
+        list(sources.open_source("gqa", tmp_path, "train"))
 
 
 def test_a_smaller_share_is_part_of_a_larger_one():

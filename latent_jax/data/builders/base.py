@@ -5,18 +5,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+from latent_jax.data import checks
 from latent_jax.data.builders import parts
+from latent_jax.data.builders.files import as_json, is_unicode
 from latent_jax.data.builders.parts import Part, Record
 from latent_jax.data.builders.tally import Tally
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 from latent_jax.runtime.files import write_text
+
+T = TypeVar("T")
+# What Python raises over values of another type or shape than the code expects.
+_ODD = (TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def record(
@@ -31,15 +37,17 @@ def record(
 ) -> Record:
     """A record of the one form that every builder writes; `extra` are further keys of the Record, plain values.
 
-    A question may come as its JSON text.
+    A question may come as its JSON text. Raises ValueError where a text is no Unicode.
     """
+    if not all(map(is_unicode, (key, *captions))):
+        raise ValueError("a text with a lone surrogate, which is no character")
     values = {
         "key": [key.encode()],
         "images": images,
         "helper_images": helper_images,
         "captions": [caption.encode() for caption in captions],
-        "questions": [(q if isinstance(q, str) else json.dumps(q)).encode() for q in questions],
-        "extra": [json.dumps(extra).encode() if extra else b""],
+        "questions": [(q if isinstance(q, str) else as_json(q)).encode() for q in questions],
+        "extra": [as_json(extra).encode() if extra else b""],
     }
     lists = {name: tf_feature_pb2.BytesList(value=value) for name, value in values.items()}
     features = tf_feature_pb2.Features(
@@ -47,6 +55,23 @@ def record(
     )
     # TFDS's own writer leaves the order of the features to the process: the same input would give other bytes.
     return Record(key, tf_example_pb2.Example(features=features).SerializeToString(deterministic=True), group)
+
+
+def each(items: Iterable[T], noun: str, tally: Tally, make: Callable[[T], Record], name: Callable[[T], str] = str):
+    """The records that `make` gives of `items`; one that it cannot make is a skipped `noun`, whatever made it odd.
+
+    A ValueError says itself what is wrong. Anything else is of a kind that nobody thought of: `name` says which item.
+    """
+    for item in items:
+        tally.see(noun)
+        try:
+            made = make(item)
+        except ValueError as error:
+            tally.skip(noun, str(error))
+        except _ODD as error:
+            tally.skip(noun, f"{noun} {name(item)[:80]}: {type(error).__name__}: {one_line(error)}")
+        else:
+            yield made
 
 
 class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -61,7 +86,10 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     NOUN = "image"
     PUBLISHED: dict[str, int] = {}  # records of the published splits: another number is another version, or a part
 
-    def __init__(self, *, raw: Path, work: Path, max_bad: float, workers: int | None = None, **options):
+    def __init__(
+        self, *, raw: Path, work: Path, max_bad: float, workers: int | None = None, called: str = "", **options
+    ):
+        self.called = called or self.name  # what the bars say
         self.raw, self.work, self.tallies = Path(raw), Path(work), []
         self._max_bad, self._workers = max_bad, workers or os.cpu_count() or 1
         super().__init__(file_format="array_record", **options)
@@ -102,11 +130,14 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _download_and_prepare(self, dl_manager, download_config):
         """TFDS would keep a split in memory or write it twice, from one thread, and start again after a kill."""
         infos, groups = [], {}
-        for split, place in self.find().items():
+        sums = {}
+        for split, place in self._shaped(self.find).items():
             written = self._write(split, place)
             template = self._get_filename_template(split_name=split)
             for index, file in enumerate(written.files):
-                _link(file, template.sharded_filepath(shard_index=index, num_shards=len(written.files)))
+                target = template.sharded_filepath(shard_index=index, num_shards=len(written.files))
+                _link(file, target)
+                sums[target.name] = written.sums[index]
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
@@ -118,19 +149,27 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             groups[split] = written.groups
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         self._write_extras(groups)
+        write_text(Path(self.data_path) / checks.FILE, json.dumps(sums, indent=1) + "\n")
+
+    def _shaped(self, read, *arguments):
+        try:
+            return read(*arguments)
+        except _ODD as error:
+            said = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{self.raw}: not {self.name} in its official form ({said})") from None
 
     def _write(self, split, place):
         tally = Tally(split)
         self.tallies.append(tally)
         failed = self.work / f"{split}.failed"
-        listed = self.parts(place, tally)
+        listed = self._shaped(self.parts, place, tally)
         written = parts.write(
             self.work / split,
             listed,
             self.examples,
             tally,
             noun=self.NOUN,
-            title=f"{self.name} {split}",
+            title=f"{self.called} {split}",
             workers=self._workers,
             redo_skipped=failed.exists() and float(failed.read_text()) >= self._max_bad,
         )

@@ -1,16 +1,16 @@
 """BLINK (https://huggingface.co/datasets/BLINK-Benchmark/BLINK, SUB_TASK/val-*.parquet) to one record a question."""
 
+import os
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_jax.benchmarks.blink import HIDDEN
 from latent_jax.benchmarks.blink import TASKS as SUB_TASKS
 from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import are_texts, check_image, is_text
+from latent_jax.data.builders.files import PARQUET_ERRORS, are_texts, check_image, inside, is_text, read_image
 from latent_jax.data.builders.parts import Part
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 
 _COLUMNS = ("idx", "question", "sub_task", "image_1", "choices", "answer")
 _IMAGES = ("image_1", "image_2", "image_3", "image_4")
@@ -52,22 +52,26 @@ class Blink(RawBuilder, skip_registration=True):
             tally.see("question", rows)
             try:
                 entries = table.read_row_group(group, columns=columns).to_pylist()
-            except (pa.ArrowException, OSError) as error:
+            except PARQUET_ERRORS as error:
                 reason = f"{file}: row group {group} with {rows} rows cannot be read ({_line(error)})"
                 tally.skip("question", reason, rows)
                 continue
             for number, entry in enumerate(entries):
                 try:
-                    yield _record(entry, file)
-                except ValueError as error:
+                    made = _record(entry, file)
+                except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                     place = f"question {entry['idx']}" if entry["idx"] else f"row {number} of row group {group}"
                     tally.skip("question", f"{file}: {place}: {error}")
+                else:
+                    yield made
 
 
 def _open(file: Path) -> pq.ParquetFile:
+    if not file.is_file():
+        raise UserError(f"{file}: not a regular file")
     try:
         table = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_ERRORS as error:
         raise UserError(f"{file}: not a whole parquet file, download it again ({_line(error)})") from None
     names = table.schema_arrow.names
     if missing := [name for name in _COLUMNS if name not in names]:
@@ -103,12 +107,17 @@ def _image(cell, name, file):
         raise ValueError(f"{name} is a {type(cell).__name__}, expected its bytes and path")
     data = cell.get("bytes")
     if data is None:
-        path = file.parent / str(cell.get("path"))
-        if not path.is_file():
+        try:
+            path = inside(file.parent, cell.get("path"))
+        except ValueError as error:
+            raise ValueError(f"{name} has no bytes, and its path {error}") from None
+        if not os.path.isfile(path):
             raise ValueError(f"{name} has no bytes, and {path} is no file")
-        data = path.read_bytes()
+        return read_image(path)
+    if not isinstance(data, bytes):
+        raise ValueError(f"{name} has a {type(data).__name__} as its bytes")
     return check_image(data, name)
 
 
 def _line(error):
-    return str(error).strip().splitlines()[0]
+    return one_line(error)[:200] or type(error).__name__

@@ -4,13 +4,14 @@ import contextlib
 import fcntl
 import importlib
 import io
+import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from latent_jax.errors import UserError
+from latent_jax.runtime.files import write_text
 
 # Dataset -> the class in the module of its name.
 BUILDERS = {
@@ -25,6 +26,7 @@ BUILDERS = {
     "vsp": "Vsp",
 }
 MAX_BAD = 0.05
+_DONE = "done.json"  # in the work folder, when nothing but the renaming is left
 
 
 def build(
@@ -49,59 +51,92 @@ def build(
         raise UserError(f"--max_bad={max_bad}: expected a share from 0 to 1")
     if workers is not None and workers < 1:
         raise UserError(f"--workers={workers}: expected at least 1")
-    output = Path(output)
-    _check_absent(output / name)
-    with _work_folder(output / f".{name}.prepare") as work:
+    output = Path(output).absolute()
+    folder = output / f".{name}.prepare"
+    if not folder.exists():
+        _check_absent(output / name)
+    with _work_folder(folder) as work:
+        done = work / _DONE
+        if (output / name).exists() and done.exists():  # killed after the output took its name
+            return json.loads(done.read_text())
+        _check_absent(output / name)
         temporary = work / "prepared"
         shutil.rmtree(temporary, ignore_errors=True)
         lines = _run(name, Path(raw), temporary, work / "parts", max_bad, workers)
+        write_text(done, json.dumps(lines))
         _rename(temporary / name, output / name)
     return lines
 
 
 def build_scenes(
-    output: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, int] | None = None, **options
+    output: str | os.PathLike,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    wait: bool = False,
+    **options,
 ) -> None:
     """Writes the procedural world to `output`/raw and both its prepared forms to `output`/coco_captions and /gqa.
 
-    `options` are those of `scenes.write`.
+    `options` are those of `scenes.write`. Where another process makes the same: an error, or `wait` until it has ended.
     """
     from latent_jax.data import scenes
 
     def write(raw):
         scenes.write(raw, seed=seed, sizes=sizes or scenes.SIZES, **options)
 
-    _build_made(Path(output), write, {"coco_captions": "coco", "gqa": "gqa"})
+    called = {"coco_captions": "scenes, captions", "gqa": "scenes, questions"}
+    _build_made(output, write, {"coco_captions": "coco", "gqa": "gqa"}, called, wait)
 
 
 def build_scenes_benchmark(
-    name: str, output: str | os.PathLike, *, seed: int = 0, sizes: Mapping[str, int] | None = None
+    name: str,
+    output: str | os.PathLike,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    wait: bool = False,
 ) -> None:
     """Writes the procedural world as benchmark `name` (scienceqa, blink, vsp) to `output`/raw and prepares it."""
     from latent_jax.data.scenes import benchmarks
 
-    _build_made(Path(output), lambda raw: benchmarks.write(name, raw / name, seed=seed, sizes=sizes), {name: name})
+    def write(raw):
+        benchmarks.write(name, raw / name, seed=seed, sizes=sizes)
+
+    _build_made(output, write, {name: name}, {name: f"scenes_{name}"}, wait)
 
 
-def _build_made(output, write, folders):
-    with _appearing(output) as temporary:
-        write(temporary / "raw")
-        for name, folder in folders.items():
-            made = temporary / "made"
-            _run(name, temporary / "raw" / folder, made, temporary / "parts", 0.0, None)
-            _rename(made / name, temporary / name)
-        shutil.rmtree(temporary / "parts")
-        shutil.rmtree(temporary / "made")
+def _build_made(output, write, folders, called, wait):
+    """Works beside `output`, which appears whole. What a kill leaves there, the next start clears."""
+    output = Path(output).absolute()
+    folder = output.parent / f".{output.name}.prepare"
+    if not folder.exists():
+        _check_absent(output)
+    with _work_folder(folder, wait) as work:
+        _check_absent(output)
+        for left in ("prepared", "parts", "made"):
+            shutil.rmtree(work / left, ignore_errors=True)
+        try:
+            write(work / "prepared" / "raw")
+            for name, official in folders.items():
+                raw, made = work / "prepared" / "raw" / official, work / "made"
+                _run(name, raw, made, work / "parts", 0.0, None, called[name])
+                os.rename(made / name, work / "prepared" / name)
+            _rename(work / "prepared", output)
+        finally:
+            shutil.rmtree(work / "parts", ignore_errors=True)
 
 
-def _run(name, raw, data_dir, work, max_bad, workers):
+def _run(name, raw, data_dir, work, max_bad, workers, called=""):
     module = importlib.import_module(f"latent_jax.data.builders.{name}")
     builder = getattr(module, BUILDERS[name])(
-        raw=raw, work=work / name, max_bad=max_bad, workers=workers, data_dir=data_dir
+        raw=raw, work=work / name, max_bad=max_bad, workers=workers, data_dir=data_dir, called=called
     )
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of its temporary folders
         builder.build()
-    return [line for tally in builder.tallies for line in tally.lines()]
+    lines = [line for tally in builder.tallies for line in tally.lines()]
+    counts = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
+    return [*lines, f"{name}: records {counts}"]
 
 
 def _rename(folder, target):
@@ -119,38 +154,43 @@ def _check_absent(folder):
 
 
 @contextlib.contextmanager
-def _work_folder(folder: Path) -> Iterator[Path]:
+def _work_folder(folder: Path, wait: bool = False) -> Iterator[Path]:
     """A folder that this process alone works in; it goes at the end, unless a failure leaves finished parts in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process prepares this dataset here") from None
+    with _locked(folder, wait):
         try:
             yield folder
         except BaseException:
             shutil.rmtree(folder / "prepared", ignore_errors=True)
             if not any(folder.glob("parts/*/*/*.json")):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
-@contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which it becomes at the end; on any failure it is gone."""
-    _check_absent(folder)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _remove(folder):
+    """The record that all is done, and the lock, go last: a kill on the way leaves what the next start can end."""
+    for inside in list(folder.iterdir()):
+        if inside.name not in (_DONE, "lock"):
+            shutil.rmtree(inside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder, wait):
+    """The folder's lock, held. Whoever held it before may have removed the folder: then it is begun anew."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except FileNotFoundError:  # removed between the two
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            lock.close()
+            raise UserError(f"{folder}: another process prepares this dataset here") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+                return lock
+        lock.close()

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import read_image, read_json, split_name
+from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.files import first_there, inside, is_text, is_unicode, read_image, read_json, split_name
 from latent_jax.errors import UserError
 
 _SHAPE = '{"images": [{"id", "file_name"}, ...], "annotations": [{"id", "image_id", "caption"}, ...]}'
@@ -35,7 +35,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
         captions = _captions(file, content, tally)
         ids, usable = set(), []
         for image in _list(file, content, "images"):
-            if not isinstance(image, dict) or not isinstance(image.get("id"), int) or not image.get("file_name"):
+            if not isinstance(image, dict) or type(image.get("id")) is not int or not is_text(image.get("file_name")):
                 reason = f"an image without an integer id or a file_name: {str(image)[:80]}"
             elif image["id"] in ids:
                 reason = f"image id {image['id']} comes twice"
@@ -44,7 +44,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
                 reason = f"image {image['id']} has no usable caption"
             else:
                 ids.add(image["id"])
-                usable.append((image["id"], _locate(self.raw, official, image["file_name"]), captions[image["id"]]))
+                usable.append((image["id"], official, image["file_name"], captions[image["id"]]))
                 continue
             tally.see("image")
             tally.skip("image", f"{file}: {reason}")
@@ -54,12 +54,15 @@ class CocoCaptions(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (file,))
 
     def examples(self, part, tally):
-        for image_id, file, captions in part.place:
-            tally.see("image")
+        def make(item):
+            image_id, official, file_name, captions = item
             try:
-                yield record(str(image_id), images=[read_image(file)], captions=captions)
+                file = _locate(self.raw, official, file_name)
             except ValueError as error:
-                tally.skip("image", str(error))
+                raise ValueError(f"image {image_id}: file_name {error}") from None
+            return record(str(image_id), images=[read_image(file)], captions=captions)
+
+        return each(part.place, "image", tally, make, lambda item: str(item[0]))
 
 
 def _captions(file, content, tally):
@@ -69,15 +72,20 @@ def _captions(file, content, tally):
         tally.see("caption")
         annotation_id = annotation.get("id") if isinstance(annotation, dict) else None
         text = annotation.get("caption") if isinstance(annotation, dict) else None
-        if not isinstance(text, str) or not isinstance(annotation.get("image_id"), int) or annotation_id is None:
+        if not isinstance(text, str) or type(annotation.get("image_id")) is not int or annotation_id is None:
             tally.skip("caption", f"{file}: an annotation without id, image_id or caption: {str(annotation)[:80]}")
+        elif not isinstance(annotation_id, int | str):
+            tally.skip("caption", f"{file}: an annotation whose id is no number: {str(annotation)[:80]}")
+        elif not is_unicode(text):
+            tally.skip("caption", f"{file}: annotation {annotation_id} has a lone surrogate, which is no character")
         elif not text.strip():
             tally.skip("caption", f"{file}: annotation {annotation_id} has an empty caption")
         elif annotation_id in ids:
             tally.skip("caption", f"{file}: annotation id {annotation_id} comes twice")
         else:
             captions.setdefault(annotation["image_id"], []).append(text.strip())
-        ids.add(annotation_id)
+        if isinstance(annotation_id, int | str):
+            ids.add(annotation_id)
     return captions
 
 
@@ -90,5 +98,5 @@ def _list(file, content, key):
 
 def _locate(raw: Path, official: str, file_name: str) -> Path:
     """In the split's folder, or under images/ as some mirrors have it."""
-    places = [raw / official / file_name, raw / "images" / official / file_name, raw / "images" / file_name]
-    return next((place for place in places if place.exists()), places[0])
+    folders = raw / official, raw / "images" / official, raw / "images"
+    return first_there([inside(folder, file_name) for folder in folders])

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from latent_jax.data.builders import parts, webdataset
-from latent_jax.data.builders.base import RawBuilder, record
+from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import read_image
 from latent_jax.errors import UserError
 
@@ -52,12 +52,12 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
         if isinstance(part.place, Path):
             yield from webdataset.examples(part.place, tally)
             return
-        for number, caption, file in part.place:
-            tally.see("image")
-            try:
-                yield record(f"{number}", images=[read_image(file)], captions=[caption])
-            except ValueError as error:
-                tally.skip("image", str(error))
+
+        def make(row):
+            number, caption, file = row
+            return record(f"{number}", images=[read_image(file)], captions=[caption])
+
+        yield from each(part.place, "image", tally, make, lambda row: f"of row {row[0]}")
 
 
 def _rows(file, images, tally):

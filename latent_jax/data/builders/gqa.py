@@ -1,11 +1,19 @@
 """GQA (https://cs.stanford.edu/people/dorarad/gqa/download.html) to one record an image with all its questions."""
 
-import json
 from pathlib import Path
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import is_text, read_entries, read_image, read_json, split_name
+from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.files import (
+    as_json,
+    first_there,
+    inside,
+    is_text,
+    read_entries,
+    read_image,
+    read_json,
+    split_name,
+)
 from latent_jax.errors import UserError
 
 _SHAPE = '{question id: {"imageId", "question", "answer", ...}}'
@@ -51,15 +59,16 @@ class Gqa(RawBuilder, skip_registration=True):
         return next((file for file in places if file.exists()), None)
 
     def examples(self, part, tally):
-        for image_id, questions, graph in part.place:
-            tally.see("image")
-            try:
-                data = read_image(_locate(self.raw, image_id))
-            except ValueError as error:
-                tally.skip("image", str(error))
-                continue
+        def make(item):
+            image_id, questions, graph = item
             extra = {"scene_graph": graph} if graph is not None else {}
-            yield record(image_id, images=[data], questions=questions, **extra)
+            try:
+                file = _locate(self.raw, image_id)
+            except ValueError as error:
+                raise ValueError(f"imageId {error}") from None
+            return record(image_id, images=[read_image(file)], questions=questions, **extra)
+
+        return each(part.place, "image", tally, make, lambda item: item[0])
 
 
 def _questions(file, choices, tally):
@@ -75,11 +84,14 @@ def _questions(file, choices, tally):
             tally.skip("question", f"{file}: question {question_id} has an answer that is not text")
         else:
             extra = {"choices": choices[question_id]} if question_id in choices else {}
-            text = json.dumps({"id": question_id, "answer": "", **question, **extra})
+            try:
+                text = as_json({"id": question_id, "answer": "", **question, **extra})
+            except ValueError as error:
+                tally.skip("question", f"{file}: question {question_id}: {error}")
+                continue
             images.setdefault(question["imageId"], []).append(text)
     return images
 
 
 def _locate(raw: Path, image_id: str) -> Path:
-    places = [raw / "images" / f"{image_id}{suffix}" for suffix in (".jpg", ".png")]
-    return next((place for place in places if place.exists()), places[0])
+    return first_there([inside(raw / "images", f"{image_id}{suffix}") for suffix in (".jpg", ".png")])

@@ -1,12 +1,14 @@
 """MMVP (https://huggingface.co/datasets/MMVP/MMVP): Questions.csv and "MMVP Images", to one record a question."""
 
 import csv
+import io
 import re
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
+from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import read_image
 from latent_jax.errors import UserError
+from latent_jax.runtime.files import MOST_JSON, read_bytes
 
 _COLUMNS = ("Index", "Question", "Options", "Correct Answer")
 
@@ -27,10 +29,10 @@ class Mmvp(RawBuilder, skip_registration=True):
     def parts(self, place, tally):
         """Rows, some at a time: (index, question)."""
         try:
-            with place.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                rows, columns = list(reader), reader.fieldnames or []
-        except (OSError, ValueError, csv.Error) as error:
+            text = read_bytes(place, MOST_JSON).decode("utf-8-sig")
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows, columns = list(reader), reader.fieldnames or []
+        except (ValueError, csv.Error) as error:
             raise UserError(f"{place}: cannot be read as CSV ({error})") from None
         if missing := [column for column in _COLUMNS if column not in columns]:
             raise UserError(
@@ -60,11 +62,12 @@ class Mmvp(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (place,))
 
     def examples(self, part, tally):
-        for index, question in part.place:
-            tally.see("question")
+        def make(item):
+            index, question = item
             try:
-                yield record(
-                    index, images=[read_image(self.raw / "MMVP Images" / f"{index}.jpg")], questions=[question]
-                )
+                image = read_image(self.raw / "MMVP Images" / f"{index}.jpg")
+                return record(index, images=[image], questions=[question])
             except ValueError as error:
-                tally.skip("question", f"question {index}: {error}")
+                raise ValueError(f"question {index}: {error}") from None
+
+        return each(part.place, "question", tally, make, lambda item: item[0])

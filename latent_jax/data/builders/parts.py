@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
+from latent_jax.data import checks
 from latent_jax.data.builders.tally import UNLIMITED, Tally
 
 SIZE = 1024
@@ -58,6 +59,7 @@ class Written:
     bytes: int
     groups: list[list]
     tally: Tally
+    sums: list[dict]  # of each file: checks.checksum
 
 
 def chunks(items: list, files: tuple[Path, ...]) -> list[Part]:
@@ -139,7 +141,7 @@ def _make(target, part, read, split, noun, repeated, progress, stop):
     finally:
         writer.close()
     content = {"made_from": part.made_from(), "records": len(keys), "bytes": total, "groups": groups}
-    content |= {"size": temporary.stat().st_size, "tally": tally.state()}
+    content |= {"sum": checks.checksum(temporary), "tally": tally.state()}
     os.replace(temporary, _file(target, ".array_record"))
     np.save(_file(target, ".npy"), np.fromiter(keys, np.uint64, len(keys)))
     temporary.write_text(json.dumps(content))
@@ -150,9 +152,12 @@ def _finished(target, part, redo_skipped):
     """Nothing is synced to disk on the way, a part can be read again: after a crash of the machine sizes may differ."""
     try:
         sidecar = _sidecar(target)
-        if _file(target, ".array_record").stat().st_size != sidecar["size"] or not _file(target, ".npy").stat().st_size:
+        if (
+            _file(target, ".array_record").stat().st_size != sidecar["sum"]["size"]
+            or not _file(target, ".npy").stat().st_size
+        ):
             return False
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):  # or of another version of this package
         return False
     skipped = set(sidecar["tally"]["skipped"]) - UNLIMITED
     return sidecar["made_from"] == part.made_from() and not (redo_skipped and skipped)
@@ -172,7 +177,7 @@ def _repeated(targets):
 
 
 def _gather(targets, tally):
-    files, lengths, groups, total = [], [], [], 0
+    files, lengths, groups, total, sums = [], [], [], 0, []
     for target in targets:
         sidecar = _sidecar(target)
         tally.add([sidecar["tally"]])
@@ -181,7 +186,8 @@ def _gather(targets, tally):
             lengths.append(sidecar["records"])
             total += sidecar["bytes"]
             groups += sidecar["groups"]
-    return Written(files, lengths, total, groups, tally)
+            sums.append(sidecar["sum"])
+    return Written(files, lengths, total, groups, tally, sums)
 
 
 def _wait(futures):

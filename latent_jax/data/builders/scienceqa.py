@@ -1,8 +1,17 @@
 """ScienceQA (https://github.com/lupantech/ScienceQA, data/scienceqa) to one record a problem, with or without image."""
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import are_texts, is_text, read_entries, read_image, read_json, split_name
+from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.files import (
+    are_texts,
+    first_there,
+    inside,
+    is_text,
+    read_entries,
+    read_image,
+    read_json,
+    split_name,
+)
 from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
@@ -51,20 +60,20 @@ class ScienceQa(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (file, self.raw / "pid_splits.json"))
 
     def examples(self, part, tally):
-        for pid, problem in part.place:
-            tally.see("problem")
+        def make(item):
+            pid, problem = item
             question = {"id": pid, **dict.fromkeys(_TEXTS, ""), **problem}
             try:
                 images = [read_image(self._locate(pid, problem))] if problem.get("image") else []
+                return record(pid, images=images, questions=[question])
             except ValueError as error:
-                tally.skip("problem", f"problem {pid}: {error}")
-                continue
-            yield record(pid, images=images, questions=[question])
+                raise ValueError(f"problem {pid}: {error}") from None
+
+        return each(part.place, "problem", tally, make, lambda item: item[0])
 
     def _locate(self, pid, problem):
         end = f"{problem['split']}/{pid}/{problem['image']}"
-        places = [self.raw / end, self.raw / "images" / end]
-        return next((place for place in places if place.exists()), places[0])
+        return first_there([inside(self.raw, end), inside(self.raw / "images", end)])
 
 
 def _fault(problem, split):

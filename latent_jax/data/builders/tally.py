@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from latent_jax.errors import UserError
 
-_LISTED = 10
+_LISTED, _LONGEST = 10, 500
 # What costs no record that was there: a link that had died when the set was downloaded (commonly a fifth of a web-scale
 # set), or a list of those that cannot be read. Counted and listed, but no sign of broken files.
 UNLIMITED = frozenset({"download", "list"})
@@ -28,7 +28,9 @@ class Tally:
 
     def skip(self, kind: str, reason: str, count: int = 1) -> None:
         """Notes `count` records that were seen and cannot be used, for one `reason` that names them."""
-        self._skipped[kind].append([reason, count])
+        # A name in an annotation file may have thousands of characters, or such as would steer a terminal.
+        reason = reason if reason.isprintable() else ascii(" ".join(reason.split()))[1:-1]
+        self._skipped[kind].append([reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ...", count])
 
     def note(self, line: str) -> None:
         """Something that the user should know and that cost no record."""
@@ -55,6 +57,9 @@ class Tally:
         lines = []
         for kind, reasons in self._skipped.items():
             lines.append(f"{self.split}: skipped {_total(reasons)} of {self._seen[kind]} {kind}s")
+            if kind == "download":
+                lines.append("  links that were dead when the set was downloaded; each is in skipped.jsonl")
+                continue
             lines += [f"  {reason}" for reason, _ in reasons[:_LISTED]]
             if len(reasons) > _LISTED:
                 lines.append(f"  and {len(reasons) - _LISTED} more in skipped.jsonl")

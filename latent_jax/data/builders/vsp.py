@@ -10,10 +10,13 @@ import re
 from pathlib import Path
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import is_text, read_image, read_json_lines, split_name
+from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.files import first_there, is_text, read_image, read_json_lines, split_name
 from latent_jax.data.frozen_lake import read_map, shortest
 from latent_jax.errors import UserError
+from latent_jax.runtime.files import MOST_JSON, read_bytes
+
+_LARGEST = 64  # rows and columns of a map; VSP has up to 8
 
 
 class Vsp(RawBuilder, skip_registration=True):
@@ -39,13 +42,14 @@ class Vsp(RawBuilder, skip_registration=True):
         return parts.chunks(read_json_lines(place, "map", tally), (place,))
 
     def examples(self, part, tally):
-        for number, entry in part.place:
-            tally.see("map")
-            name = f"{part.files[0].name}: line {number}"
+        def make(item):
+            number, entry = item
             try:
-                yield self._record(number, entry)
+                return self._record(number, entry)
             except ValueError as error:
-                tally.skip("map", f"{name}: {error}")
+                raise ValueError(f"{part.files[0].name}: line {number}: {error}") from None
+
+        return each(part.place, "map", tally, make, lambda item: f"in line {item[0]}")
 
     def _record(self, number, entry):
         inputs = entry.get("image_input")
@@ -73,8 +77,9 @@ class Vsp(RawBuilder, skip_registration=True):
     def _locate(self, name):
         """Paths were written for another folder: the longest end of the path that is there."""
         steps = [step for step in Path(name).parts if step not in ("/", ".", "..")]
-        places = [self.raw.joinpath(*steps[start:]) for start in range(len(steps))]
-        return next((place for place in places if place.exists()), places[0])
+        if not steps or "\0" in name:
+            raise ValueError(f"{name[:80]!r} is no file name")
+        return first_there([self.raw.joinpath(*steps[start:]) for start in range(len(steps))])
 
 
 def _name(entry, images, number):
@@ -90,10 +95,12 @@ def _described(images):
     file = images[0].parent.parent / "pure_text" / f"{images[0].stem}.txt"
     if not file.is_file():
         return []
-    text = file.read_text("utf-8", "replace").lower()
+    text = read_bytes(file, MOST_JSON).decode("utf-8", "replace").lower()
     size = re.search(r"(\d+)\s*x\s*(\d+) map", text)
     if not size:
         raise ValueError(f"{file}: expected 'This is a 3x3 map.'")
+    if not (0 < int(size[1][:9]) <= _LARGEST and 0 < int(size[2][:9]) <= _LARGEST):
+        raise ValueError(f"{file}: a {size[1][:9]}x{size[2][:9]} map, expected at most {_LARGEST} rows and columns")
     description = [[0] * int(size[2]) for _ in range(int(size[1]))]
     for kind, tile in (("player is at", 1), ("hole", -1), ("goal is at", 2)):
         _, found, rest = text.partition(kind)

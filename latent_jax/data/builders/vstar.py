@@ -9,8 +9,16 @@ import random
 import re
 
 from latent_jax.data.builders import parts
-from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import are_texts, is_text, read_image, read_json, read_json_lines
+from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.files import (
+    are_texts,
+    first_there,
+    inside,
+    is_text,
+    read_image,
+    read_json,
+    read_json_lines,
+)
 from latent_jax.errors import UserError
 
 CATEGORIES = ("direct_attributes", "relative_position")
@@ -41,14 +49,16 @@ class VStar(RawBuilder, skip_registration=True):
         return parts.chunks(questions, (place,))
 
     def examples(self, part, tally):
-        for question, image in part.place:
-            tally.see("question")
+        def make(item):
+            question, image = item
+            if isinstance(question, str):
+                raise ValueError(question)
             try:
-                if isinstance(question, str):
-                    raise ValueError(question)
-                yield record(question["id"], images=[read_image(image)], questions=[question])
+                return record(question["id"], images=[read_image(image)], questions=[question])
             except ValueError as error:
-                tally.skip("question", str(error))
+                raise ValueError(f"question {question['id']}: {error}") from None
+
+        return each(part.place, "question", tally, make)
 
     def _from_line(self, number, entry):
         """(question, image file), or (what is wrong, None)."""
@@ -56,6 +66,10 @@ class VStar(RawBuilder, skip_registration=True):
         text, image, label = (entry.get(field) for field in ("text", "image", "label"))
         if not is_text(text) or not is_text(image):
             return f"{name}: expected text, image, label, category and question_id, got {', '.join(entry)}", None
+        try:
+            file = inside(self.raw, image)
+        except ValueError as error:
+            return f"{name}: image {error}", None
         options = _OPTION.findall(text)
         letters = [letter for letter, _ in options]
         if letters != list("ABCDEFGH"[: len(letters)]) or len(letters) < 2:
@@ -70,7 +84,7 @@ class VStar(RawBuilder, skip_registration=True):
             "category": str(entry.get("category", image.split("/")[0])),
             "text": text,
         }
-        return {**question, **_annotation((self.raw / image).with_suffix(".json"))}, self.raw / image
+        return {**question, **_annotation(file.with_suffix(".json"))}, file
 
     def _from_json(self, file):
         name = f"{file.parent.name}/{file.stem}"
@@ -90,8 +104,7 @@ class VStar(RawBuilder, skip_registration=True):
             "category": file.parent.name,
         }
         images = [file.with_suffix(suffix) for suffix in _IMAGES]
-        image = next((image for image in images if image.exists()), images[0])
-        return {**question, **_annotation(file)}, image
+        return {**question, **_annotation(file)}, first_there(images)
 
 
 def _annotation(file):

@@ -1,33 +1,42 @@
 """Image-caption shards of img2dataset: 00000.tar with KEY.jpg, KEY.txt and KEY.json, and 00000.parquet beside it."""
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_jax.data.builders.base import record
-from latent_jax.data.builders.files import check_image, is_text, split_name
+from latent_jax.data.builders.files import PARQUET_ERRORS, check_image, is_text, split_name
 from latent_jax.data.builders.parts import Part, Record
 from latent_jax.data.builders.tally import Tally
+from latent_jax.data.images import MOST_BYTES
+from latent_jax.errors import one_line
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE
+_BARE = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 # What img2dataset says about the download itself; the caption and the key stand elsewhere.
 _NOT_META = ("caption", "key", "status", "error_message", "exif")
 
 
 def find(raw: Path) -> dict[str, list[Path]]:
-    """Split -> shards: those in the folder itself are `train`, those in train/, val/ ... of that split."""
+    """Split -> shards: those in train/, val/ ... are of that split, those in the folder itself of the split that their
+    name says (cc3m-validation-0000.tar), else of `train`."""
     found = {}
     for file in sorted([*raw.glob("*.tar"), *raw.glob("*/*.tar")]):
-        split = "train" if file.parent == raw else split_name(file.parent.name)
+        split = _named_split(file.stem) if file.parent == raw else split_name(file.parent.name)
         found.setdefault(split, []).append(file)
     return found
+
+
+def _named_split(stem):
+    words = re.split(r"[^a-z]+", stem.lower())
+    return next(
+        (split_name(word) for word in words if word in ("train", "val", "valid", "validation", "test")), "train"
+    )
 
 
 def parts(shards: list[Path]) -> list[Part]:
@@ -43,12 +52,14 @@ def examples(shard: Path, tally: Tally) -> Iterator[Record]:
     """Records of one shard. Whatever it should hold and does not is counted: see `members` and `_compare`."""
     keys = set()
     for key, fields in _samples(shard, tally):
-        keys.add(key)
+        keys |= {key, key.rpartition("/")[2]}
         tally.see("image")
         try:
-            yield _record(key, fields)
-        except ValueError as error:
+            made = _record(key, fields)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             tally.skip("image", f"{shard}: {key}: {error}")
+        else:
+            yield made
     _compare(shard.with_suffix(".parquet"), keys, tally)
 
 
@@ -62,7 +73,7 @@ def _record(key, fields):
     if "json" in fields:
         try:
             meta = json.loads(fields["json"][0])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"json cannot be read ({error})") from None
     if not isinstance(meta, dict):
         raise ValueError("json is no object")
@@ -77,10 +88,12 @@ def _record(key, fields):
 
 
 def _samples(shard, tally):
-    """(key, {suffix: [contents]}): a sample is a run of members of one name up to its first dot."""
+    """(key, {suffix: [contents]}): a sample is a run of members of one path up to the first dot of its last name."""
     key, fields = None, {}
     for name, data in members(shard, tally):
-        its, _, suffix = os.path.basename(name).partition(".")
+        folder, slash, base = name.removeprefix("./").rpartition("/")
+        its, _, suffix = base.partition(".")
+        its = folder + slash + its
         if its != key and fields:
             yield key, fields
             fields = {}
@@ -96,13 +109,18 @@ def members(shard: Path, tally: Tally) -> Iterator[tuple[str, bytes]]:
     Goes on behind a header that cannot be read, where Python's reader stops, most often without a word; says so, and
     also where the archive ends too early.
     """
-    size, offset, lost_from, ended, long_name = shard.stat().st_size, 0, None, False, None
+    if not shard.is_file():
+        _lost(shard, "not a regular file", tally)
+        return
+    size, offset, lost_from, ended, long_name, cut = shard.stat().st_size, 0, None, False, None, None
     with shard.open("rb") as file:
         while offset + _BLOCK <= size:
             file.seek(offset)
             try:
                 member = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
-            except tarfile.HeaderError as error:
+                if member.size < 0:  # base-256 numbers have a sign
+                    raise tarfile.InvalidHeaderError("negative size")
+            except (tarfile.HeaderError, ValueError, OverflowError) as error:
                 ended = isinstance(error, tarfile.EOFHeaderError)  # a block of zeros
                 if not ended and lost_from is None:
                     lost_from = offset
@@ -110,18 +128,27 @@ def members(shard: Path, tally: Tally) -> Iterator[tuple[str, bytes]]:
                 continue
             if lost_from is not None:
                 _lost(shard, f"{offset - lost_from} bytes before {member.name} cannot be read", tally)
-                lost_from = long_name = None
-            if offset + _BLOCK + member.size > size:
-                _lost(shard, f"cut off in {long_name or member.name}", tally)
-                return
-            offset += _BLOCK + -(-member.size // _BLOCK) * _BLOCK
+                lost_from = long_name = cut = None
             ended = False
+            if member.size and member.type in _BARE:
+                member.size = 0  # a folder or a link has no content, whatever its header says
+            if offset + _BLOCK + member.size > size:  # the archive ends here, or the size is wrong: the rest will tell
+                lost_from, cut = offset, long_name or member.name
+                offset += _BLOCK
+                continue
+            offset += _BLOCK + -(-member.size // _BLOCK) * _BLOCK
+            if member.size > MOST_BYTES:
+                _lost(shard, f"{long_name or member.name} has {member.size:,} bytes, expected an image", tally)
+                long_name = None
+                continue
             if member.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
                 long_name = _long_name(member.type, file.read(member.size)) or long_name
             elif member.isreg():
                 yield long_name or member.name, file.read(member.size)
                 long_name = None
-    if lost_from is not None:
+    if cut is not None:
+        _lost(shard, f"cut off in {cut}", tally)
+    elif lost_from is not None:
         _lost(shard, f"not a tar archive from byte {lost_from} on", tally)
     elif not ended:
         _lost(shard, f"cut off after {offset} bytes", tally)
@@ -143,20 +170,20 @@ def _lost(shard, reason, tally):
 
 def _compare(file, keys, tally):
     """Counts what the parquet beside a shard lists and the shard has not."""
-    if not file.exists():
+    if not file.is_file():
         return
     tally.see("list")
     try:
         names = pq.read_schema(file).names
         table = pq.read_table(file, columns=[name for name in ("key", "status", "error_message") if name in names])
-    except (pa.ArrowException, OSError) as error:
-        tally.skip("list", f"{file}: cannot be read, failed downloads are not counted ({str(error).splitlines()[0]})")
+    except PARQUET_ERRORS as error:
+        tally.skip("list", f"{file}: cannot be read, failed downloads are not counted ({one_line(error)[:200]})")
         return
     if "key" not in names or "status" not in names:
         return
     for row in table.to_pylist():
         if row["status"] == "success":
-            if row["key"] not in keys:
+            if str(row["key"]) not in keys:
                 tally.see("image")
                 tally.skip("image", f"{file}: {row['key']} was downloaded, but is not in the tar")
         else:

@@ -1,0 +1,51 @@
+"""Checksums of prepared shards: written beside them, and looked at before they are trusted.
+
+checksums.json is {shard: {"size": bytes, "crc32": of the file}}. Opening compares sizes, which costs no reading of
+terabytes; the content is checked where it is read, by the hashes that ArrayRecord keeps of every chunk. The checksums
+say whether two prepared datasets are the same.
+"""
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from latent_jax.errors import UserError
+from latent_jax.runtime import files
+
+FILE = "checksums.json"
+_SHAPE = '{"shard": {"size", "crc32"}, ...}'
+
+
+def checksum(file: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    size, crc = 0, 0
+    with file.open("rb") as content:
+        while data := content.read(2**20):
+            size, crc = size + len(data), zlib.crc32(data, crc)
+    return {"size": size, "crc32": crc}
+
+
+def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Checksums of `shards`, of which the sizes are compared with the files. Where prepare wrote none: their sizes.
+
+    Raises UserError that names a shard that is missing, or has another size than prepare wrote.
+    """
+    known = files.read_json(folder / FILE, dict, _SHAPE) if (folder / FILE).exists() else None
+    found = {}
+    for shard in shards:
+        file = folder / shard
+        if not file.is_file():
+            raise UserError(f"{file}: missing; copy it again or prepare the dataset again")
+        found[shard] = {"size": file.stat().st_size}
+        if known is None:
+            continue
+        wanted = known.get(shard)
+        if not isinstance(wanted, dict) or not {"size", "crc32"} <= wanted.keys():
+            raise UserError(f"{folder / FILE}: expected {_SHAPE}, but {shard} is not in it")
+        if wanted["size"] != found[shard]["size"]:
+            raise UserError(
+                f"{file}: damaged: {found[shard]['size']:,} bytes, prepare wrote {wanted['size']}; copy it again or "
+                "prepare the dataset again"
+            )
+        found[shard] = {"size": wanted["size"], "crc32": wanted["crc32"]}
+    return found
