@@ -20,7 +20,7 @@ from tests.reference import benchmark_records as records
 from tests.reference import scorers
 
 PIXELS = {"name": "fake", "min_pixels": 1, "max_pixels": 2}
-REPLIES = {"gqa": "Red.", "scienceqa": "A", "blink": "(A)", "vstar": "A", "mmvp": "(a)", "vsp": "D,D,R,R"}
+REPLIES = {"gqa": "Red.", "scienceqa": "A", "blink": "(A)", "vstar": "A", "mmvp": "(a)", "vsp": "Action plan: D,D,R,R"}
 
 
 class Fake:
@@ -61,7 +61,9 @@ def config(benchmark: str = "gqa", **changes):
 
 
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(line.pop("sum"), int) for line in found)
+    return found
 
 
 def error(*arguments) -> str:
