@@ -1,6 +1,7 @@
 """The benchmarks' rules once more, the slow obvious way: no pattern matching, one character or one question at a time.
 
 Written import re
+import re
 from the rules, before the scorers were; every number is a Fraction (of 1, not percent).
 """
 
@@ -238,12 +239,13 @@ def scienceqa_letter(question: dict, reply: str, scorer: str) -> int | None:
     elif len(reply) == 1 or (len(reply) >= 3 and reply[1:3] == ". "):
         said = reply[:1]
     if scorer == "official" and (said is None or said not in offered or said == ""):
-        phrase, after = "The answer is ", []
+        phrase, after, end = "The answer is ", [], 0
         for at in range(len(reply)):
-            if reply[at : at + len(phrase)] == phrase:
+            if at >= end and reply[at : at + len(phrase)] == phrase:
                 letter, rest = reply[at + len(phrase) :][:1], reply[at + len(phrase) + 1 :]
                 if letter and letter in LETTERS and rest and rest[0] != "\n":
                     after.append(letter)
+                    end = at + len(phrase) + 2  # the pattern's last full stop takes any character with it
         said = after[0] if len(after) == 1 else None
     return offered.index(said) if said and said in offered else None
 
