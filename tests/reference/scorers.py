@@ -1,10 +1,11 @@
-"""The benchmarks' rules once more, the slow obvious way: no pattern matching, one character or one question at a time.
+"""The benchmarks' rules once more, the slow obvious way: one character or one question at a time.
 
-Written import re
-import re
-from the rules, before the scorers were; every number is a Fraction (of 1, not percent).
+No pattern matching, but for what lmms-eval itself reads with patterns.
+
+Written from the rules, before the scorers were; every number is a Fraction (of 1, not percent).
 """
 
+import re
 from collections import Counter
 from fractions import Fraction
 
