@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from latent_jax import answering, predictions
 from latent_jax import config as schema
-from latent_jax import predictions
-from latent_jax.benchmarks import VERSION
+from latent_jax.benchmarks import VERSION, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate
 from latent_jax.benchmarks.rows import Item, Row, conversation
 from latent_jax.data import sources
-from latent_jax.errors import UserError
+from latent_jax.errors import Stopped, UserError
 from latent_jax.predictions import PREDICTIONS, RESULTS, Protocol
 from latent_jax.runtime import files, provenance
 from latent_jax.runtime.progress import Progress
@@ -55,29 +55,44 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
     items, skipped = read_items(data, benchmark, config)
     extras = read_choices(config, benchmark, items)
     items = items[: config.evaluate.examples or None]
-    settings = begun(config, directory)
+    earlier = begun(config, directory)
     rows = predictions.resume(directory / PREDICTIONS, items, protocol)
     left = [item for item in items if item.id not in rows]
+    weights, said = answering.known(config.model.path, directory, earlier, bool(left))
+    tokens = config.evaluate.max_new_tokens or answering.most_tokens(benchmark, config.evaluate.scorer)
+    settings, where = earlier and earlier["backend"], f"{data.name} {data.split}"
 
-    with Progress(len(items), len(rows), config.log.progress, unit="question") as progress:
-        for note in notes(config, benchmark, data, items, skipped, len(rows)):
+    with (
+        Progress(len(items), len(rows), config.log.progress, unit="question") as progress,
+        answering.watched() as stopped,
+    ):
+        for note in [*notes(config, benchmark, data, items, skipped, len(rows)), *said]:
             progress.say(note)
 
         # -------------------------------------------------------- asked of what
         if left or settings is None:
             backend = (open_backend or load_ours)(config)
-            begin(config, directory, backend, settings)
+            begin(config, directory, backend, settings, {"weights": weights, "max_new_tokens": tokens})
             settings = backend.settings
 
         # -------------------------------------------------------- what it replied
         started = time.monotonic()
         if left:
-            tokens = config.evaluate.max_new_tokens or benchmark.MAX_NEW_TOKENS
             with predictions.Writer(directory / PREDICTIONS, protocol) as writer:
                 for batch in ask(left, items[:2], data.source, protocol, backend, config.evaluate, tokens):
+                    answering.too_many(config, where, [*rows.values(), *batch], len(skipped), len(items) + len(skipped))
                     writer.write(batch)
                     rows |= {row.item.id: row for row in batch}
+                    for row in batch:
+                        if row.skipped:
+                            progress.say(f"skipped, counted as wrong: question {row.item.id}: {row.skipped}")
                     progress.update(len(rows), _summary(rows, len(items) - len(left), started))
+                    if stopped() and len(rows) < len(items):
+                        progress.say(
+                            f"stopped after {len(rows):,} of {len(items):,} questions; the same command goes on from "
+                            "there"
+                        )
+                        raise Stopped(stopped())
         seconds = time.monotonic() - started
         if left:
             speed = len(left) / seconds
@@ -87,13 +102,16 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
     rows = [rows[item.id] for item in items]
     scored = [row for row in rows if row.correct is not None]
     report = benchmark.report(scored, config.evaluate.scorer, config.seed, **extras) if scored else {}
-    found = results(config, benchmark, data, settings, rows, report, skipped)
+    found = results(config, benchmark, data, settings, rows, report, skipped, tokens)
+    found["weights"] = weights
     found["throughput"] = _throughput(directory, len(left), seconds)
     if hasattr(benchmark, "submission"):
         name, content = benchmark.submission(rows)
         files.write_text(directory / name, json.dumps(content) + "\n")
     files.write_text(directory / RESULTS, json.dumps(found, indent=2) + "\n")
     print("\n".join(table(found, directory)))
+    if line := predictions.strange(found, scored):
+        progress.say(line)
     if config.evaluate.interventions:
         interventions = importlib.import_module("latent_jax.analysis.interventions")
         backend = (open_backend or load_ours)(config)
@@ -137,15 +155,20 @@ def read_items(data: Asked, benchmark, config) -> tuple[list[Item], list[str]]:
     items, skipped, seen = [], [], set()
     for place, record in enumerate(data.source):
         for question in record["questions"]:
+            question = question if isinstance(question, dict) else {}
             name = question.get("id")
-            where = f"{data.name} {data.split}, record {record['key']}, question {name}"
+            where = f"{data.name} {data.split}, record {record['key']}, question {_shown(name)}"
             try:
                 if not isinstance(name, str) or not name:
                     raise ValueError("has no id")
+                name.encode()  # half a character cannot stand in a file of predictions
                 if name in seen:
                     raise ValueError("has the id of an earlier question")
                 benchmark.check(question, len(record["images"]))
-            except ValueError as problem:
+            except UnicodeEncodeError:
+                skipped.append(f"{where}: its id holds half a character")
+                continue
+            except (ValueError, TypeError, KeyError) as problem:
                 skipped.append(f"{where}: {problem}")
                 continue
             seen.add(name)
@@ -168,10 +191,10 @@ def read_choices(config, benchmark, items: Sequence[Item]) -> dict:
     if not path:
         return {}
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = files.read_json(path, dict, "GQA's choices", most=None)
         benchmark.check_choices(content, {item.id: item.question for item in items})
-    except OSError as problem:
-        raise UserError(f"config.evaluate.choices: {path}: {problem.strerror}") from None
+    except UserError as problem:
+        raise UserError(f"config.evaluate.choices: {problem}") from None
     except ValueError as problem:
         raise UserError(f"config.evaluate.choices: {path}: {problem}") from None
     return {"choices": content}
@@ -200,6 +223,11 @@ def notes(config, benchmark, data: Asked, items, skipped, done: int) -> Iterator
 def load_ours(config) -> Backend:
     """The model of `config.model.path` behind the facade, with the config's pixel limits."""
     vlm = _load(config.model.path, None if config.model.dtype == "auto" else config.model.dtype)
+    if config.evaluate.imagine and vlm.model.head is None:
+        raise UserError(
+            f"config.evaluate.imagine: got true, but {vlm.name} has no latent head; expected a model of "
+            "the method imagine"
+        )
     limits = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config.data, key))}
     codec = dataclasses.replace(vlm.codec, image=dataclasses.replace(vlm.codec.image, **limits))
     vlm = dataclasses.replace(vlm, codec=codec)
@@ -236,7 +264,7 @@ def _load(path: str, dtype: str | None):
 
 
 def begun(config, directory: Path) -> dict | None:
-    """Settings of the backend that an earlier life of this workdir asked; None for a new one.
+    """What an earlier life of this workdir kept: the `backend`'s settings, and the `weights`; None for a new one.
 
     Raises UserError where the config would change what was replied.
     """
@@ -245,10 +273,13 @@ def begun(config, directory: Path) -> dict | None:
         return None
     old, measured = schema.read(file)
     schema.check_resume(old, config)
-    return measured["backend"]
+    backend = measured.get("backend") if isinstance(measured, dict) else None
+    if not isinstance(backend, dict) or not {"min_pixels", "max_pixels"} <= backend.keys():
+        raise UserError(f"{file}: 'measured' has no 'backend' with its pixel limits; was it changed by hand?")
+    return measured
 
 
-def begin(config, directory: Path, backend: Backend, earlier: dict | None) -> None:
+def begin(config, directory: Path, backend: Backend, earlier: dict | None, kept: dict) -> None:
     """Keeps config and backend in the workdir. Raises UserError where another backend began it."""
     for key, value in (earlier or {}).items():
         if backend.settings.get(key) != value:
@@ -257,7 +288,7 @@ def begin(config, directory: Path, backend: Backend, earlier: dict | None) -> No
                 "--workdir"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    schema.write(config, directory / CONFIG, {"backend": backend.settings})
+    schema.write(config, directory / CONFIG, {"backend": backend.settings, **kept})
 
 
 def ask(items: Sequence[Item], spare: Sequence[Item], source, protocol: Protocol, backend: Backend, settings, tokens):
@@ -266,11 +297,9 @@ def ask(items: Sequence[Item], spare: Sequence[Item], source, protocol: Protocol
     remaining = iter(items)
     while batch := list(itertools.islice(remaining, settings.batch_size)):
         beside = [item for item in spare if item != batch[0]][:1] if settings.latents == "shuffled" else []
-        shown = [*batch, *beside] if len(batch) == 1 else batch
-        replies = backend.answer(conversations(shown, source, protocol, settings.imagine), tokens)
-        if len(replies) != len(shown):
-            raise ValueError(f"{len(replies)} replies to {len(shown)} conversations")
-        yield [protocol.judge(item, reply) for item, reply in zip(batch, replies, strict=False)]
+        beside = beside if len(batch) == 1 else []
+        send = lambda items: backend.answer(conversations(items, source, protocol, settings.imagine), tokens)  # noqa: E731
+        yield answering.each(batch, beside, send, protocol)
 
 
 def conversations(items: Sequence[Item], source, protocol: Protocol, imagine: bool) -> list[list[dict]]:
@@ -292,15 +321,17 @@ def _summary(rows: dict[str, Row], before: int, started: float) -> dict:
 # ---------------------------------------------------------------- scores
 
 
-def results(config, benchmark, data: Asked, settings: dict, rows, report: dict[str, Estimate], skipped) -> dict:
+def results(config, benchmark, data: Asked, settings, rows, report: dict[str, Estimate], skipped, tokens) -> dict:
     """What results.json holds, but for the throughput."""
     scorer = config.evaluate.scorer
+    unasked = [f"question {row.item.id}: {row.skipped}" for row in rows if row.skipped]
     scored = sum(row.correct is not None for row in rows)
     return {
         "benchmark": config.benchmark,
         "split": data.split,
         "scorer": scorer,
         "scorer_version": VERSION,
+        "scorer_follows": lmms_eval.VERSION if scorer == "lmms_eval" else benchmark.ORIGINAL,
         "n": scored,
         "metrics": {name: float(estimate.value) for name, estimate in report.items()},
         "ci95": {name: estimate.half_width for name, estimate in report.items()},
@@ -310,7 +341,8 @@ def results(config, benchmark, data: Asked, settings: dict, rows, report: dict[s
         "asked": len(rows),
         "hidden_answers": len(rows) - scored,
         "unparsed": sum(row.parsed is None for row in rows),
-        "skipped": {"count": len(skipped), "first": list(skipped[:_LISTED])},
+        "skipped": {"count": len(skipped) + len(unasked), "first": [*skipped, *unasked][:_LISTED]},
+        "skipped_as_wrong": len(unasked),
         "dataset": data.name,
         "data_path": data.path,
         "prompt": config.evaluate.prompt or benchmark.PROMPT[scorer],
@@ -321,7 +353,7 @@ def results(config, benchmark, data: Asked, settings: dict, rows, report: dict[s
         "decoding": {
             "strategy": "greedy",
             "repetition_penalty": 1.0,
-            "max_new_tokens": config.evaluate.max_new_tokens or benchmark.MAX_NEW_TOKENS,
+            "max_new_tokens": tokens,
         },
         "model": config.model.path or "tiny_vl",
         "backend": settings,
@@ -334,8 +366,10 @@ def _throughput(directory: Path, count: int, seconds: float) -> dict | None:
     """Of this life of the run; where nothing was left to ask, what an earlier one measured."""
     if count:
         return {"items": count, "seconds": seconds, "items_per_second": count / seconds}
-    file = directory / RESULTS
-    return json.loads(file.read_text()).get("throughput") if file.exists() else None
+    try:
+        return files.read_json(directory / RESULTS).get("throughput")
+    except UserError:  # absent, or damaged: it is written anew
+        return None
 
 
 def table(found: dict, directory: Path) -> list[str]:
@@ -345,4 +379,13 @@ def table(found: dict, directory: Path) -> list[str]:
         return [f"{title} could be scored, the answers are hidden; the replies are in {directory / PREDICTIONS}"]
     width = max(map(len, found["metrics"]))
     lines = [f"  {name:<{width}}  {value:6.2f} ± {found['ci95'][name]:.2f}" for name, value in found["metrics"].items()]
+    if found["skipped"]["count"]:
+        lines.append(
+            f"  {found['skipped']['count']} questions could not be asked: {found['skipped_as_wrong']} of them count as "
+            "wrong, the others have no question or answer to count"
+        )
     return [title, *lines, f"{found['unparsed']} replies without an answer; {directory / RESULTS}"]
+
+
+def _shown(name: object) -> str:
+    return name if isinstance(name, str) and name.isprintable() else ascii(name)

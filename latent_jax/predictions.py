@@ -4,13 +4,17 @@ import dataclasses
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from latent_jax.benchmarks.rows import Item, Row
 from latent_jax.errors import UserError
+from latent_jax.runtime import files
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
+_ENOUGH = 20  # scored questions, before a score near zero says something
+_KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "skipped"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Protocol:
         hidden = self.benchmark.answer(item.question) is None
         return Row(item, reply, parsed, None if hidden else self.benchmark.correct(parsed, item.question, self.scorer))
 
+    def skip(self, item: Item, why: str) -> Row:
+        """A question that could not be asked: wrong, where its answer is known."""
+        hidden = self.benchmark.answer(item.question) is None
+        return Row(item, "", None, None if hidden else False, why)
+
     def line(self, row: Row) -> dict:
         return {
             "id": row.item.id,
@@ -43,7 +52,13 @@ class Protocol:
             "answer": self.benchmark.answer(row.item.question),
             "correct": row.correct,
             "cluster": row.item.cluster,
+            **({"skipped": row.skipped} if row.skipped else {}),
         }
+
+    def text(self, row: Row) -> str:
+        """A line of the file, with the checksum that tells a damaged one."""
+        line = self.line(row)
+        return json.dumps({**line, "sum": _sum(line)}) + "\n"
 
 
 def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, Row]:
@@ -54,24 +69,26 @@ def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, R
     """
     asked, rows = {item.id: item for item in items}, {}
     whole = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
-        if not line.endswith(b"\n"):
-            break
-        whole += len(line)
+    # Not splitlines, which also ends a line at a carriage return that damage put there.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        whole += len(line) + 1
         where = f"{path}:{number}"
-        found = _line(line, where)
+        found, undamaged = _line(line, where)
         item = asked.get(found["id"])
         if item is None:
             raise UserError(f"{where}: question {found['id']} is not one of the {len(asked)} that are asked now")
         if item.id in rows:
             raise UserError(f"{where}: question {item.id} stands here a second time; expected every question once")
-        row = protocol.judge(item, found["reply"])
+        why = found.get("skipped")
+        row = protocol.skip(item, why) if why else protocol.judge(item, found["reply"])
         for key, now in protocol.line(row).items():
             if found.get(key) != now:
                 raise UserError(
                     f"{where}: question {item.id} has {key} {found.get(key)!r}, expected {now!r}: the benchmark's "
                     "files or this program changed since; use a new --workdir"
                 )
+        if not undamaged:
+            raise _damaged(where)
         rows[item.id] = row
     if path.exists() and path.stat().st_size > whole:
         os.truncate(path, whole)
@@ -93,32 +110,60 @@ class Writer:
 
     def write(self, rows: Iterable[Row]) -> None:
         """A batch: once this returns, a kill of the process loses none of it."""
-        self._file.writelines(json.dumps(self._protocol.line(row)) + "\n" for row in rows)
+        self._file.writelines(map(self._protocol.text, rows))
         self._file.flush()
+
+
+def strange(found: dict, scored: Sequence[Row]) -> str:
+    """A line where the replies look like those of a model that never saw such a prompt; '' where they do not."""
+    right = sum(row.correct for row in scored)
+    if len(scored) < _ENOUGH or (right > 0.02 * len(scored) and found["unparsed"] < 0.9 * found["asked"]):
+        return ""
+    return (
+        f"{right} of {len(scored)} are right and {found['unparsed']} replies hold no answer: a model that was not "
+        "trained on this form of prompt looks like that; try --config.evaluate.prompt='{question}', and read "
+        "predictions.jsonl"
+    )
 
 
 def read(directory: Path) -> tuple[dict, list[dict]]:
     """(results.json, the lines of predictions.jsonl) of a finished evaluation. Raises UserError naming the file."""
     results = directory / RESULTS
     try:
-        found = json.loads(results.read_text())
-        lines = (directory / PREDICTIONS).read_bytes().splitlines()
+        lines = (directory / PREDICTIONS).read_bytes().split(b"\n")[:-1]
+        results.stat()
     except FileNotFoundError as missing:
         raise UserError(f"{missing.filename}: no such file; expected the workdir of a finished evaluation") from None
-    except ValueError:
-        raise UserError(f"{results}: not JSON; expected the results of an evaluation") from None
-    if not isinstance(found, dict) or found.get("asked") != len(lines):
+    found = files.read_json(results, dict, "the results of an evaluation")
+    if found.get("asked") != len(lines):
         raise UserError(
             f"{results}: is not of the {len(lines)} lines of {PREDICTIONS} beside it; finish the evaluation"
         )
-    return found, [_line(line, f"{directory / PREDICTIONS}:{number}") for number, line in enumerate(lines, 1)]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row, undamaged = _line(line, where := f"{directory / PREDICTIONS}:{number}")
+        if not undamaged:
+            raise _damaged(where)
+        rows.append(row)
+    return found, rows
 
 
-def _line(line: bytes, where: str) -> dict:
+def _line(line: bytes, where: str) -> tuple[dict, bool]:
+    """A line without its checksum, and whether it is as it was written."""
     try:
-        found = json.loads(line)
-    except ValueError:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("id", "reply", "cluster")):
         raise UserError(f"{where}: expected a JSON object with id, prompt, reply, parsed, answer, correct and cluster")
-    return found
+    # Lines of before 2026-12 have no sum; all that they hold but the reply is checked against the question.
+    expected = found.pop("sum", None)
+    return found, (expected is None or expected == _sum(found)) and found.keys() <= _KEYS
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}: is damaged, it is not what was written; remove the line and it is asked again")
+
+
+def _sum(line: dict) -> int:
+    return zlib.crc32(json.dumps(line).encode())

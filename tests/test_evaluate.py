@@ -20,7 +20,7 @@ from tests.reference import benchmark_records as records
 from tests.reference import scorers
 
 PIXELS = {"name": "fake", "min_pixels": 1, "max_pixels": 2}
-REPLIES = {"gqa": "Red.", "scienceqa": "A", "blink": "(A)", "vstar": "A", "mmvp": "(a)", "vsp": "D,D,R,R"}
+REPLIES = {"gqa": "Red.", "scienceqa": "A", "blink": "(A)", "vstar": "A", "mmvp": "(a)", "vsp": "Action plan: D,D,R,R"}
 
 
 class Fake:
@@ -61,7 +61,9 @@ def config(benchmark: str = "gqa", **changes):
 
 
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (workdir / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(line.pop("sum"), int) for line in found)
+    return found
 
 
 def error(*arguments) -> str:
@@ -353,6 +355,57 @@ def test_a_backend_that_forgets_a_question_is_no_backend(data, tmp_path):
     with pytest.raises(ValueError, match="1 replies to 16 conversations"):
         evaluate.run(config(), tmp_path, lambda config: Backend(lambda conversations, tokens: ["red"], dict(PIXELS)))
     assert (tmp_path / "predictions.jsonl").read_text() == ""
+
+
+# ---------------------------------------------------------------- odd questions, other weights, damage
+
+
+def test_a_question_that_cannot_be_sent_counts_as_wrong_and_ends_nothing(data, tmp_path, capsys):
+    made = data(records.gqa())
+    made[0]["questions"][0]["question"] = "What <|image_pad|> is it?"
+    made[1]["questions"][0]["question"] = "What is it?\ud83d"
+    made[2]["questions"][0]["question"] = "refused"
+    fake = Fake()
+    answer = fake.answer
+
+    def refusing(conversations, tokens):
+        if any("refused" in turns[0]["content"][-1]["text"] for turns in conversations):
+            raise ValueError("an image of 900x4")
+        return answer(conversations, tokens)
+
+    opened = lambda config: Backend(refusing, dict(PIXELS))
+    found = evaluate.run(config(data__max_bad=0.2), tmp_path / "a", opened)
+    assert (found["n"], found["asked"], found["skipped"]["count"], found["skipped_as_wrong"]) == (18, 18, 3, 3)
+    assert "3 questions could not be asked: 3 of them count as wrong" in capsys.readouterr().out
+    again = Fake()
+    assert evaluate.run(config(data__max_bad=0.2), tmp_path / "a", again)["metrics"] == found["metrics"]
+    assert again.asked == []
+    said = error(config(data__max_bad=0.1), tmp_path / "b", opened)
+    assert said.startswith("gqa testdev, question 00: its text holds <|image_pad|>") and "3 of 18 questions" in said
+
+
+def test_other_weights_are_refused_and_a_copy_is_not(data, tmp_path):
+    data(records.gqa())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    (model / "tokenizer.json").write_text("{}")
+    found = evaluate.run(config(model__path=model, evaluate__examples=4), tmp_path / "run", Fake())
+    assert found["weights"] == json.loads((tmp_path / "run" / "config.json").read_text())["measured"]["weights"]
+    for file, other in (("model.safetensors", b"two"), ("tokenizer.json", b"[]")):
+        earlier = (model / file).read_bytes()
+        (model / file).write_bytes(other)
+        assert "was begun with other weights" in error(config(model__path=model), tmp_path / "run", Fake())
+        (model / file).write_bytes(earlier)
+    assert evaluate.run(config(model__path=model), tmp_path / "run", Fake())["n"] == 18
+
+
+def test_a_flipped_bit_in_a_reply_is_named(data, tmp_path):
+    data(records.gqa())
+    evaluate.run(config(), tmp_path, Fake())
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(file.read_text().replace('"reply": "Red."', '"reply": "Red.."', 1))
+    assert "predictions.jsonl:1: is damaged" in error(config(), tmp_path, Fake())
 
 
 # ---------------------------------------------------------------- the whole path

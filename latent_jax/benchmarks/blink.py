@@ -1,18 +1,21 @@
 """BLINK (Fu et al., 2024): 14 perception tasks, up to four images a question, multiple choice.
 
-`official`: the letter alone, else the only "(A)" of the last paragraph, else of the whole reply; the official code then
-asks a language model what the reply means, and we read its beginning instead. `lmms_eval`: the letter that the reply
-begins with. Unlike lmms-eval's pattern ours takes whole letters only: "The second" is no T, "A dog" is an article.
-`macro` is the official mean of the sub-tasks, `micro` VLMEvalKit's share of all questions.
+`official`: the letter alone, else the only word "(A)" of the last paragraph, else of the whole reply; the official code
+then asks a language model what the reply means, and we read its beginning instead, else the only "(A)" within other
+characters. `lmms_eval`: the letter that the reply begins with. Unlike lmms-eval's pattern ours takes whole letters
+only: "The second" is no T, "A dog" is an article. `macro` is the official mean of the sub-tasks, `micro` VLMEvalKit's
+share of all questions.
 """
 
+import re
 from collections.abc import Sequence
 
-from latent_jax.benchmarks import letters
+from latent_jax.benchmarks import letters, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate, average, mean
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
+ORIGINAL = "BLINK_Benchmark 2d6a779"
 SPLITS = ("validation", "test")
 EMBEDDED = "scenes_blink"
 PUBLISHED = {"validation": 1901, "test": 1906}
@@ -32,9 +35,19 @@ TASKS = (
     "Visual_Correspondence",
     "Visual_Similarity",
 )
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 1024  # of both: query_model.py, and lmms-eval's task
 NOTE = "Note: You only need to respond with {letters} without providing any additional information.\n"
-PROMPT = {"official": "{prompt}", "lmms_eval": NOTE + "{prompt}"}
+# Sent to the letter: models that refuse to judge photographs of people answer behind it.
+DISCLAIMER = (
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your "
+    "assessment on this question. You don't need to identify the real people. You just need to analyze based on the "
+    "information I gave you.\n\n"
+)
+DISCLAIMED = ("Art_Style", "Forensic_Detection", "Jigsaw")
+PROMPT = {
+    "official": f"{DISCLAIMER}{{prompt}}  [the disclaimer: {', '.join(DISCLAIMED)}]",
+    "lmms_eval": NOTE + "{prompt}",
+}
 HIDDEN = "hidden"
 
 
@@ -56,7 +69,10 @@ def cluster(question: dict, key: str) -> str:
 
 def prompt(question: dict, scorer: str) -> str:
     choices = question["choices"]
-    note = NOTE.format(letters=", ".join(letters.offered(len(choices)))) if scorer == "lmms_eval" else ""
+    if scorer == "lmms_eval":
+        note = NOTE.format(letters=", ".join(letters.offered(len(choices))))
+    else:
+        note = DISCLAIMER if question.get("sub_task") in DISCLAIMED else ""
     lines = [f"{name} {text}" for name, text in zip(_names(choices), choices, strict=True)]
     # A file without the published prompt gets one of its form.
     return note + (
@@ -74,7 +90,12 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
         place = _official(reply.strip(), len(choices))
     if place is None:
         place = letters.leading(reply, choices)
-    return None if place is None else _names(choices)[place]
+    if place is None and scorer == "official":
+        place = _only_marked(reply, len(choices))
+    found = letters.letter(place)
+    if scorer == "lmms_eval":
+        found = lmms_eval.agreed(found, lmms_eval.blink(reply))
+    return found and f"({found})"
 
 
 def correct(parsed: str | None, question: dict, scorer: str) -> bool:
@@ -102,11 +123,17 @@ def _names(choices: Sequence[str]) -> list[str]:
     return [f"({name})" for name in letters.offered(len(choices))]
 
 
+def _only_marked(text: str, count: int) -> int | None:
+    found = (letters.only_marked(part, count, small=False) for part in (text.strip().rpartition("\n\n")[2], text))
+    return next((place for place in found if place is not None), None)
+
+
 def _official(text: str, count: int) -> int | None:
     if len(text) == 1 and text in letters.offered(count):
         return letters.ALPHABET.index(text)
     for part in (text.rpartition("\n\n")[2], text):
-        place = letters.only_marked(part, count, small=False)
-        if place is not None:
-            return place
+        # Words between spaces: neither "(A)." nor "**(A)**" is one.
+        named = {word[1] for word in part.split() if re.fullmatch(rf"\([{letters.offered(count)}]\)", word)}
+        if len(named) == 1:
+            return letters.ALPHABET.index(named.pop())
     return None

@@ -34,12 +34,14 @@ def marked(reply: str, count: int, *, small: bool = True) -> set[int]:
 def leading(reply: str, choices: Sequence[str]) -> int | None:
     """The letter that the reply begins with: 'B', '(b)', 'B.', 'B) red', 'B: red', 'B red'; 'A red' where A is 'red'.
 
-    None where another offered letter follows it as a second answer, or stands in parentheses too. Asterisks are
-    markup.
+    Of choices whose words hold their own letter, "A is closer", those words name it too. None where another offered
+    letter follows it as a second answer, or stands in parentheses too. Asterisks are markup.
     """
     text = reply.replace("*", "").strip()
     if len(marked(text, len(choices))) > 1:
         return None
+    if repeated := [place for place, choice in enumerate(choices) if " " in choice.strip() and _says(text, choice)]:
+        return _repeated(text, choices, repeated)
     first = _FIRST.match(text)
     if first is None:
         return _worded(text, choices)
@@ -76,10 +78,30 @@ def _place(match: re.Match, count: int) -> int | None:
 
 
 def _worded(text: str, choices: Sequence[str]) -> int | None:
-    """'A red ball' is choice A where that is 'red ball'; else its A is an article."""
+    """'A red ball' is choice A where that is 'red ball' or 'A red ball'; else its A is an article."""
     match = _WORD.match(text)
     place = _place(match, len(choices)) if match else None
-    return place if place is not None and _says(text[1:], choices[place]) else None
+    if place is None:
+        return None
+    whole = choices[place].strip()
+    return place if _says(text[1:], whole) or (whole.startswith(match[0]) and _says(text, whole)) else None
+
+
+def _repeated(text: str, choices: Sequence[str], places: Sequence[int]) -> int | None:
+    """The choice whose own words the reply begins with, where they begin with its letter ("A is closer") and no other
+    choice stands behind it."""
+    place = max(places, key=lambda place: len(choices[place].strip()))
+    own = choices[place].strip()
+    if not own.casefold().startswith(f"{letter(place).casefold()} "):
+        first = _FIRST.match(text)  # 'B is closer' as the words of choice A names neither
+        return None if first and _place(first, len(choices)) not in (None, place) else _worded(text, choices)
+    rest = text[len(own) :]
+    others = [other.strip() for number, other in enumerate(choices) if number != place and len(other.strip()) > 1]
+    if marked(text, len(choices)) - {place} or any(
+        re.search(rf"(?<!\w){re.escape(other)}(?!\w)", rest, re.IGNORECASE) for other in others
+    ):
+        return None
+    return place
 
 
 def _says(text: str, choice: str) -> bool:

@@ -10,11 +10,12 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from latent_jax.benchmarks import letters
+from latent_jax.benchmarks import letters, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate, mean, present
 from latent_jax.benchmarks.rows import Row, field
 
 SCORERS = ("official", "lmms_eval")
+ORIGINAL = "MMVP (a language model judges there; letters here)"
 SPLITS = ("test", "train")
 EMBEDDED = ""
 PUBLISHED = {"test": 300, "train": 300}
@@ -63,7 +64,10 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
         place = letters.announced(reply, options)
     if place is None:
         place = letters.only_marked(reply, len(options))
-    return None if place is None else f"({letters.letter(place).lower()})"
+    found = letters.letter(place)
+    if scorer == "lmms_eval":
+        found = lmms_eval.agreed(found, lmms_eval.mmvp(reply))
+    return found and f"({found.lower()})"
 
 
 def correct(parsed: str | None, question: dict, scorer: str) -> bool:

@@ -1,9 +1,12 @@
 """What the benchmarks share: a question to be asked, and a question that was answered."""
 
 import dataclasses
+import re
 from typing import Any
 
 PLACE = "<image>"
+MOST_CHARACTERS = 100_000
+_MARK = re.compile(r"<\|[A-Za-z_]+\|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Row:
     reply: str
     parsed: str | None
     correct: bool | None
+    skipped: str = ""  # why it was not asked: then it has no reply and counts as wrong
 
 
 def conversation(prompt: str, images, imagine: bool = False) -> list[dict]:
@@ -43,6 +47,19 @@ def conversation(prompt: str, images, imagine: bool = False) -> list[dict]:
         content = [*shown, {"type": "text", "text": prompt}]
     content += [{"type": "imagine"}] * imagine
     return [{"role": "user", "content": content}]
+
+
+def check_text(prompt: str) -> None:
+    """Raises ValueError where a text cannot be sent as what it is: marks of the conversation itself, such as
+    `<|image_pad|>`, what no encoding can hold, or more than any model reads."""
+    if mark := _MARK.search(prompt):
+        raise ValueError(f"its text holds {mark[0]}, a token of the conversation itself")
+    if len(prompt) > MOST_CHARACTERS:
+        raise ValueError(f"its text has {len(prompt):,} characters, expected at most {MOST_CHARACTERS:,}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as problem:
+        raise ValueError(f"its text holds half a character ({ascii(prompt[problem.start])})") from None
 
 
 def field(question: dict, name: str, kind: type | tuple[type, ...]):

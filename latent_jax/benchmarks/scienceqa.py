@@ -13,10 +13,11 @@ from latent_jax.benchmarks.letters import ALPHABET, offered
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
+ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA"
 SPLITS = ("test", "validation")
 EMBEDDED = "scenes_scienceqa"
 PUBLISHED = {"test": 4241}
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = {"official": 512, "lmms_eval": 16}
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 PROMPT = dict.fromkeys(
     SCORERS, f"Context: {{hint}}  [only with a hint]\n{{question}}\nA. {{choice}} ...\n{INSTRUCTION}"
@@ -55,7 +56,8 @@ def answer(question: dict) -> str | None:
 
 
 def parse(reply: str, question: dict, scorer: str) -> str | None:
-    said, names = reply.strip(), offered(len(question["choices"]))
+    # lmms-eval compares the reply as it is, space and all.
+    said, names = reply if scorer == "lmms_eval" else reply.strip(), offered(len(question["choices"]))
     if (
         said[:1]
         and said[0] in names

@@ -1,9 +1,10 @@
 r"""VSP's maze navigation (Wu et al., 2024): a plan of moves on a FrozenLake map (S start, G goal, F safe, H hole).
 
 The plan is simulated by VSP's own rules: a move off the map changes nothing, a hole loses, the goal wins and ends the
-walk. `success` is theirs; `legal`: every move is a move and none leads into a hole; `strict` also wants no move off the
-map and none after the goal. The reply's plan ("L,R,U,D") stands after "Action plan:", else in its last \boxed{}, else
-it is the whole reply.
+walk, and so does the hundredth move. `success` is theirs; `legal`: every move is a move and none leads into a hole;
+`strict` also wants no move off the map and none after the goal. The reply's plan ("L,R,U,D") stands after
+"Action plan: "; where the question itself asks for \boxed{}, and not for that, in the reply's last one. Else the reply
+has no plan.
 """
 
 import re
@@ -13,10 +14,12 @@ from latent_jax.benchmarks.estimates import Estimate, mean, present
 from latent_jax.benchmarks.rows import PLACE, Row, field, texts
 
 SCORERS = ("official",)
+ORIGINAL = "Visual-Spatial-Planning 6d74d7b"
 SPLITS = ("test", "validation")
 EMBEDDED = "scenes_vsp"
 PUBLISHED = {}
-MAX_NEW_TOKENS = 128
+MAX_NEW_TOKENS = 2048  # the official code sets no limit, and its prompt wants the map and every step spelled out
+MOST_MOVES = 100  # FrozenLake-v1's limit
 INSTRUCTION = (
     "Moves are L (left), R (right), U (up) and D (down). Do not step into a hole. Reply with the moves from the start "
     'to the goal, separated by commas, as in "Action plan: R,R,D".'
@@ -24,7 +27,7 @@ INSTRUCTION = (
 PROMPT = {"official": f"{{question}}\n{INSTRUCTION}  [unless the question says how to reply]"}
 STEPS = {"L": (0, -1), "R": (0, 1), "U": (-1, 0), "D": (1, 0)}
 _UNREADABLE = "?"
-_MARKERS = ("Action plan:", "Action Plan:")
+_MARKERS = ("Action plan: ", "Action Plan: ")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _IGNORED = str.maketrans("", "", "\"'\n.")
 
@@ -46,8 +49,12 @@ def cluster(question: dict, key: str) -> str:
 
 def prompt(question: dict, scorer: str) -> str:
     text = question["question"]  # Mirage's texts hold `<image>` and say how to reply
-    told = "\\boxed" in text or any(marker in text for marker in _MARKERS)
+    told = "\\boxed" in text or _asks_plan(text)
     return text if told else f"{text}\n{INSTRUCTION}"
+
+
+def _asks_plan(text: str) -> bool:
+    return any(marker.strip() in text for marker in _MARKERS)
 
 
 def answer(question: dict) -> str | None:
@@ -62,7 +69,9 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
             reply = reply.partition(marker)[2]
             break
     else:
-        reply = (_BOXED.findall(reply) or [reply])[-1]
+        asked = question.get("question", "")
+        boxed = _BOXED.findall(reply) if "\\boxed" in asked and not _asks_plan(asked) else []
+        reply = boxed[-1] if boxed else ""
     if not reply.strip():
         return None
     moves = []
@@ -83,7 +92,7 @@ def walk(parsed: str | None, board: Sequence[str]) -> dict[str, bool]:
     place = next((r, row.index("S")) for r, row in enumerate(board) if "S" in row)
     moves = parsed.split(",") if parsed else []
     inside = True
-    for number, move in enumerate(moves, 1):
+    for number, move in enumerate(moves[:MOST_MOVES], 1):
         if move == _UNREADABLE:
             return {"success": False, "legal": False, "strict": False}
         row, column = (at + step for at, step in zip(place, STEPS[move], strict=True))

@@ -7,11 +7,12 @@ two the letter that the reply announces ("The answer is B"). lmms-eval goes on t
 
 from collections.abc import Sequence
 
-from latent_jax.benchmarks import letters
+from latent_jax.benchmarks import letters, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate, mean
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
+ORIGINAL = "V* (likelihoods there; letters here)"
 SPLITS = ("test",)
 EMBEDDED = ""
 PUBLISHED = {"test": 191}
@@ -20,7 +21,7 @@ MAX_NEW_TOKENS = 16
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 PROMPT = {
     "official": f"{{question}}\n(A) {{choice}} ...\n{INSTRUCTION}",
-    "lmms_eval": f"{{question}}\nA. {{choice}} ...\n{INSTRUCTION}",
+    "lmms_eval": f"{{question}}\nA. {{choice}} ...\n{INSTRUCTION}\n{INSTRUCTION}",  # twice, see `prompt`
 }
 
 
@@ -31,6 +32,8 @@ def check(question: dict, images: int) -> None:
         raise ValueError(f"its answer {question['answer']!r} is not one of {', '.join(names)}")
     if field(question, "category", str) not in CATEGORIES:
         raise ValueError(f"its category is {question['category']!r}, expected one of {', '.join(CATEGORIES)}")
+    if not isinstance(question.get("text", ""), str):
+        raise ValueError(f"'text' is {question['text']!r}, expected a text")
     if images != 1:
         raise ValueError(f"has {images} images, expected 1")
 
@@ -40,6 +43,10 @@ def cluster(question: dict, key: str) -> str:
 
 
 def prompt(question: dict, scorer: str) -> str:
+    if scorer == "lmms_eval" and question.get("text"):
+        # It keeps the instruction of the published text in the last option and adds it once more; a question without
+        # that text (from the JSON files) has it once.
+        return f"{lmms_eval.vstar_text(question['text'])}\n{INSTRUCTION}"
     form = "({}) {}" if scorer == "official" else "{}. {}"
     choices = [form.format(*each) for each in zip(letters.ALPHABET, question["choices"], strict=False)]
     return "\n".join([question["question"], *choices, INSTRUCTION])
@@ -54,7 +61,8 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
     place = letters.leading(reply, choices)
     if place is None and scorer == "lmms_eval":
         place = letters.announced(reply, choices)
-    return letters.letter(letters.only_marked(reply, len(choices)) if place is None else place)
+    found = letters.letter(letters.only_marked(reply, len(choices)) if place is None else place)
+    return lmms_eval.agreed(found, lmms_eval.vstar(reply)) if scorer == "lmms_eval" else found
 
 
 def correct(parsed: str | None, question: dict, scorer: str) -> bool:

@@ -22,7 +22,11 @@ OFFICIAL = {
 }
 
 
-@pytest.mark.parametrize(("scorer", "expected"), [("official", {**LEADING, **OFFICIAL}), ("lmms_eval", LEADING)])
+# lmms-eval has no eye for markup.
+LMMS_EVAL = {reply: letter for reply, letter in LEADING.items() if not reply.startswith("**")}
+
+
+@pytest.mark.parametrize(("scorer", "expected"), [("official", {**LEADING, **OFFICIAL}), ("lmms_eval", LMMS_EVAL)])
 def test_by_hand(scorer, expected):
     question = {"choices": CHOICES}
     found = {reply: parsed for reply in ADVERSARIAL if (parsed := blink.parse(reply, question, scorer))}
@@ -69,11 +73,35 @@ def test_jigsaw_by_hand():
 def test_prompt_of_lmms_eval_names_the_offered_letters():
     note = "Note: You only need to respond with A, B without providing any additional information.\n"
     assert blink.prompt(asked(1, "Jigsaw", count=2), "lmms_eval") == note + "Which?\n(A) ..."
-    assert blink.prompt(asked(1, "Jigsaw", count=2), "official") == "Which?\n(A) ..."
+    assert blink.prompt(asked(1, "Counting", count=2), "official") == "Which?\n(A) ..."
+
+
+@pytest.mark.parametrize("task", ["Art_Style", "Forensic_Detection", "Jigsaw"])
+def test_the_official_disclaimer(task):
+    sent = blink.prompt(asked(1, task, count=2), "official")
+    assert sent.startswith("Disclaimer: This is not to make") and sent.endswith("I gave you.\n\nWhich?\n(A) ...")
+    assert "Disclaimer" not in blink.prompt(asked(1, task, count=2), "lmms_eval")
+
+
+@pytest.mark.parametrize("scorer", blink.SCORERS)
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("A is closer", "(A)"),
+        ("A is closer.", "(A)"),
+        ("B is closer to the camera.", "(B)"),
+        ("a is closer", "(A)"),
+        ("A is closer or B is closer", None),
+        ("A is close", None),
+    ],
+)
+def test_choices_that_hold_their_letter(reply, expected, scorer):
+    assert blink.parse(reply, {"choices": ["A is closer", "B is closer"]}, scorer) == expected
+    assert blink.parse(reply, {"choices": ["B is closer", "A is closer"]}, scorer) is None
 
 
 def test_a_prompt_of_the_published_form_where_the_file_has_none():
-    bare = {**asked(1, "Jigsaw", count=2), "prompt": ""}
+    bare = {**asked(1, "Counting", count=2), "prompt": ""}
     form = "Which?\nSelect from the following choices.\n(A) red ball\n(B) blue cube"
     assert blink.prompt(bare, "official") == form
     assert blink.prompt(bare, "lmms_eval").endswith(f"information.\n{form}")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from latent_jax.answering import most_tokens
 from latent_jax.benchmarks import gqa, settings
 
 
@@ -21,7 +22,11 @@ def test_they_import_without_models():
 def test_they_are_alike(name):
     module = importlib.import_module(f"latent_jax.benchmarks.{name}")
     assert module.SCORERS[0] == "official" and module.PROMPT.keys() == set(module.SCORERS)
-    assert module.SPLITS and module.MAX_NEW_TOKENS > 0 and isinstance(module.PUBLISHED, dict)
+    assert (
+        module.SPLITS
+        and all(most_tokens(module, scorer) > 0 for scorer in module.SCORERS)
+        and isinstance(module.PUBLISHED, dict)
+    )
     for function in ("check", "cluster", "prompt", "answer", "parse", "correct"):
         declared = inspect.signature(getattr(gqa, function)).parameters.keys()
         assert inspect.signature(getattr(module, function)).parameters.keys() == declared

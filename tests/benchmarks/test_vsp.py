@@ -12,34 +12,40 @@ from tests.reference.replies import ADVERSARIAL
 BOARD = ["SFH", "FHF", "FFG"]
 # reply -> (parsed, success, legal, strict)
 BY_HAND = {
-    "D,D,R,R": ("D,D,R,R", 1, 1, 1),
     "Action plan: D,D,R,R": ("D,D,R,R", 1, 1, 1),
     "First R. No.\nAction Plan: D, D, R, R.": ("D,D,R,R", 1, 1, 1),
     "Action plan: \"D\",'D',R,R\n": ("D,D,R,R", 1, 1, 1),
-    "D,D,R,R,R": ("D,D,R,R,R", 1, 1, 0),  # after the goal nothing counts, but it is not the plan that was asked for
-    "D,D,R,R, and done": ("D,D,R,R,?", 1, 1, 0),
-    "U,D,D,R,R": ("U,D,D,R,R", 1, 1, 0),  # off the map: no effect
-    "L,L,L": ("L,L,L", 0, 1, 0),
-    "D,D,R": ("D,D,R", 0, 1, 0),
-    "R,D,D,R": ("R,D,D,R", 0, 0, 0),  # a hole
-    "R,R": ("R,R", 0, 0, 0),
-    "D,X,D,R,R": ("D,?", 0, 0, 0),
-    "d,d,r,r": ("?", 0, 0, 0),
-    "DDRR": ("?", 0, 0, 0),
-    "down, down, right, right": ("?", 0, 0, 0),
-    "D D R R": ("?", 0, 0, 0),
-    "D,,D,R,R": ("D,?", 0, 0, 0),
-    "D，D，R，R": ("?", 0, 0, 0),
-    "I cannot solve it.": ("?", 0, 0, 0),
+    "Action plan: D,D,R,R,R": (
+        "D,D,R,R,R",
+        1,
+        1,
+        0,
+    ),  # after the goal nothing counts, but it is not the plan that was asked for
+    "Action plan: D,D,R,R, and done": ("D,D,R,R,?", 1, 1, 0),
+    "Action plan: U,D,D,R,R": ("U,D,D,R,R", 1, 1, 0),  # off the map: no effect
+    "Action plan: L,L,L": ("L,L,L", 0, 1, 0),
+    "Action plan: D,D,R": ("D,D,R", 0, 1, 0),
+    "Action plan: R,D,D,R": ("R,D,D,R", 0, 0, 0),  # a hole
+    "Action plan: R,R": ("R,R", 0, 0, 0),
+    "Action plan: D,X,D,R,R": ("D,?", 0, 0, 0),
+    "Action plan: d,d,r,r": ("?", 0, 0, 0),
+    "Action plan: DDRR": ("?", 0, 0, 0),
+    "Action plan: down, down, right, right": ("?", 0, 0, 0),
+    "Action plan: D D R R": ("?", 0, 0, 0),
+    "Action plan: D,,D,R,R": ("D,?", 0, 0, 0),
+    "Action plan: D，D，R，R": ("?", 0, 0, 0),
+    "Action plan: I cannot solve it.": ("?", 0, 0, 0),
     "Action plan:": (None, 0, 0, 0),
     "": (None, 0, 0, 0),
     "Action plan: R,R\nAction plan: D,D,R,R": ("R,?", 0, 0, 0),
-    "→,→": ("?", 0, 0, 0),
-    "So \\boxed{R,R}? No: \\boxed{D,D,R,R}.": ("D,D,R,R", 1, 1, 1),
-    "\\boxed{D,D,R,R": ("?", 0, 0, 0),
-    "\\boxed{\\text{D,D}}": ("?", 0, 0, 0),
+    "Action plan: →,→": ("?", 0, 0, 0),
+    "So \\boxed{R,R}? No: \\boxed{D,D,R,R}.": (None, 0, 0, 0),
+    "\\boxed{D,D,R,R": (None, 0, 0, 0),
+    "\\boxed{\\text{D,D}}": (None, 0, 0, 0),
     "\\boxed{}": (None, 0, 0, 0),
     "\\boxed{R,R} Action plan: D,D,R,R": ("D,D,R,R", 1, 1, 1),
+    "D,D,R,R": (None, 0, 0, 0),  # no "Action plan: "
+    "Action plan:D,D,R,R": (None, 0, 0, 0),
 }
 
 
@@ -54,9 +60,29 @@ def test_by_hand(reply):
 def test_what_is_no_plan_goes_nowhere(reply):
     assert vsp.walk(vsp.parse(reply, {}, "official"), BOARD) == {
         "success": False,
-        "legal": reply == "D",
+        "legal": False,
         "strict": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("reply", "parsed"),
+    [
+        ("So \\boxed{R,R}? No: \\boxed{D,D,R,R}.", "D,D,R,R"),
+        ("\\boxed{D,D,R,R", None),
+        ("\\boxed{\\text{D,D}}", None),
+        ("\\boxed{}", None),
+        ("Action plan: D", "D"),
+    ],
+)
+def test_boxed_where_the_question_asks_for_it(reply, parsed):
+    assert vsp.parse(reply, {"question": "Put the plan into \\boxed{}."}, "official") == parsed
+
+
+def test_a_walk_ends_after_a_hundred_moves():
+    there = "R,L," * 49
+    assert vsp.walk(vsp.parse(f"Action plan: {there}D,R", {}, "official"), ["SF", "FG"])["success"]
+    assert not vsp.walk(vsp.parse(f"Action plan: {there}R,L,R,L,D,R", {}, "official"), ["SF", "FG"])["success"]
 
 
 boards = st.integers(2, 4).flatmap(
@@ -86,7 +112,7 @@ def test_report():
     rows = [row(vsp, {**question, "id": str(n)}, reply, "official") for n, reply in enumerate(BY_HAND)]
     expected = [100 * scorers.share(line[i] for line in BY_HAND.values()) for i in (1, 2, 3)]
     assert values(vsp.report(rows, "official")) == dict(zip(("success", "legal", "strict"), expected, strict=True))
-    assert sum(r.correct for r in rows) == 9
+    assert sum(r.correct for r in rows) == 7
 
 
 def test_an_image_for_every_place():

@@ -1,8 +1,11 @@
-"""The benchmarks' rules once more, the slow obvious way: no pattern matching, one character or one question at a time.
+"""The benchmarks' rules once more, the slow obvious way: one character or one question at a time.
+
+No pattern matching, but for what lmms-eval itself reads with patterns.
 
 Written from the rules, before the scorers were; every number is a Fraction (of 1, not percent).
 """
 
+import re
 from collections import Counter
 from fractions import Fraction
 
@@ -135,7 +138,35 @@ def one_of_two_letters(reply: str, choices: list[str], scorer: str) -> int | Non
     if found is None:
         marked = parenthesised(reply, len(choices))
         found = marked.pop() if len(marked) == 1 else None
+    if scorer == "lmms_eval":
+        only = [letter for letter in reply.upper() if letter in "ABCD"]
+        patterns = LMMS_VSTAR if len(choices) > 2 else LMMS_MMVP
+        return as_lmms_eval_too(found, reply, patterns, only[0] if len(choices) > 2 and len(only) == 1 else "")
     return found
+
+
+def as_lmms_eval_too(place: int | None, reply: str, patterns: list[str], else_letter: str = "") -> int | None:
+    """The place where lmms-eval (75571cf) reads the same letter: its patterns in order, searched anywhere."""
+    found = [match[1] for pattern in patterns if (match := re.search(pattern, reply.strip().upper()))]
+    return place if place is not None and [LETTERS[place]] == (found or [else_letter])[:1] else None
+
+
+LMMS_BLINK = [r"^[\(\s]*([A-Z])[\)\.\s]*"]
+LMMS_VSTAR = [
+    r"^([A-D])\s*[\.)\]]*",
+    r"(?:THE\s+)?(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
+    r"\(([A-D])\)",
+    r"([A-D])\s*(?:\.|\)|\||\])",
+    r"(?:^|\s)([A-D])(?:\s|$)",
+]
+LMMS_MMVP = [
+    r"^\s*\(?([AB])\)?\.?\s*$",
+    r"^\s*\(?([AB])\)?[\.\s]",
+    r"ANSWER\s+IS\s+\(?([AB])\)?",
+    r"OPTION\s+\(?([AB])\)?",
+    r"\(?([AB])\)?(?:\s|$)",
+    r"^([AB])",
+]
 
 
 # ------------------------------------------------------------ GQA
@@ -200,7 +231,8 @@ def gqa(questions: dict[str, dict], replies: dict[str, str], scorer: str, choice
 
 
 def scienceqa_letter(question: dict, reply: str, scorer: str) -> int | None:
-    reply, offered = reply.strip(), LETTERS[: len(question["choices"])]
+    offered = LETTERS[: len(question["choices"])]
+    reply = reply.strip() if scorer == "official" else reply
     said = None
     if scorer == "lmms_eval":
         if len(reply) == 1 or reply[1:2] == ".":
@@ -208,12 +240,13 @@ def scienceqa_letter(question: dict, reply: str, scorer: str) -> int | None:
     elif len(reply) == 1 or (len(reply) >= 3 and reply[1:3] == ". "):
         said = reply[:1]
     if scorer == "official" and (said is None or said not in offered or said == ""):
-        phrase, after = "The answer is ", []
+        phrase, after, end = "The answer is ", [], 0
         for at in range(len(reply)):
-            if reply[at : at + len(phrase)] == phrase:
+            if at >= end and reply[at : at + len(phrase)] == phrase:
                 letter, rest = reply[at + len(phrase) :][:1], reply[at + len(phrase) + 1 :]
                 if letter and letter in LETTERS and rest and rest[0] != "\n":
                     after.append(letter)
+                    end = at + len(phrase) + 2  # the pattern's last full stop takes any character with it
         said = after[0] if len(after) == 1 else None
     return offered.index(said) if said and said in offered else None
 
@@ -249,10 +282,17 @@ def blink_letter(question: dict, reply: str, scorer: str) -> int | None:
         if len(text) == 1 and text in LETTERS[: len(choices)]:
             return LETTERS.index(text)
         for part in (text.split("\n\n")[-1], text):
+            words = {letter for letter in LETTERS[: len(choices)] if f"({letter})" in part.split()}
+            if len(words) == 1:
+                return LETTERS.index(words.pop())
+        if (place := leading(reply, choices)) is not None:
+            return place
+        for part in (text.split("\n\n")[-1], text):
             marked = parenthesised(part, len(choices), small=False)
             if len(marked) == 1:
                 return marked.pop()
-    return leading(reply, choices)
+        return None
+    return as_lmms_eval_too(leading(reply, choices), reply, LMMS_BLINK)
 
 
 def blink(rows: list[tuple[dict, str]], scorer: str) -> dict:
@@ -273,14 +313,12 @@ def blink(rows: list[tuple[dict, str]], scorer: str) -> dict:
 
 def vsp_moves(reply: str) -> list[str]:
     """The comma-separated moves after 'Action plan:', cleaned; '?' for the first thing that is none, and its end."""
-    for marker in ("Action plan:", "Action Plan:"):
+    for marker in ("Action plan: ", "Action Plan: "):
         if marker in reply:
             reply = reply[reply.index(marker) + len(marker) :]
             break
     else:
-        boxes = [piece.split("}")[0] for piece in reply.split("\\boxed{")[1:] if "}" in piece]
-        boxes = [box for box in boxes if "{" not in box]
-        reply = boxes[-1] if boxes else reply
+        return []
     if reply.strip() == "":
         return []
     moves = []

@@ -1,0 +1,163 @@
+"""Who answers an evaluation, which of its questions cannot be answered, and what ends it early."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from latent_jax.benchmarks.rows import Item, Row, check_text
+from latent_jax.errors import UserError, one_line
+from latent_jax.runtime import preemption
+
+_PIECE = 8 * 2**20
+_UNREAD = ("opt", "optimizer", "iterator", "data", "README.md", "LICENSE")
+_KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
+
+def known(path: str, directory: Path, earlier: dict | None, asks: bool) -> tuple[dict | None, list[str]]:
+    """(checksum of the model behind `config.model.path`, what to say about it).
+
+    earlier: what the workdir kept. Raises UserError where other weights answered there. A finished evaluation (not
+    `asks`) whose model is gone keeps the checksum that it has.
+    """
+    kept = (earlier or {}).get("weights")
+    try:
+        found = checksum(path)
+    except UserError:
+        if asks:
+            raise
+        return kept, []
+    if kept is not None and kept != found:
+        raise UserError(
+            f"{directory}: was begun with other weights at config.model.path={path!r} ({_named(kept)}, now "
+            f"{_named(found)}); use a new --workdir"
+        )
+    if earlier is None or kept is not None:
+        return found, []
+    return found, [f"{directory} has no checksum of its model: its earlier replies are taken for those of this one"]
+
+
+def checksum(path: str) -> dict:
+    """{"sha256", "files", "step"}: of the names and bytes of all that is read of a model.
+
+    An HF directory or hub id: weights, config, tokenizer, preprocessor, chat template and latent head. A workdir: the
+    newest checkpoint (`step`; None elsewhere) without the optimiser's state, its config and the same small files. The
+    bytes, not times or names of folders: a copy is the same model. Some seconds for 16 GB that are in memory.
+    """
+    from latent_jax.assets import TINY_VL
+    from latent_jax.models import hf_io  # jax: only when a model is asked for
+    from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir
+
+    step = None
+    if path and is_workdir(path):
+        root = Path(path)
+        steps = [int(folder.name) for folder in (root / CHECKPOINTS).iterdir() if folder.name.isdecimal()]
+        step = max(steps, default=None)
+        folders = [root / ORIGIN, *([root / CHECKPOINTS / str(step)] if step is not None else [])]
+        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+        files = [file for file in files if not {*file.relative_to(root).parts} & {*_UNREAD}]
+    else:
+        root = hf_io.resolve(path or TINY_VL)
+        files = [file for file in root.iterdir() if file.suffix in _KINDS and file.is_file()]
+    files = sorted(file for file in files if file.name not in _UNREAD)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter's lock
+        digests = list(pool.map(_digest, files))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        whole.update(f"{file.relative_to(root)}\0{digest}\n".encode())
+    return {"sha256": whole.hexdigest(), "files": len(files), "step": step}
+
+
+def too_many(config, name: str, rows: Sequence[Row], skipped: int, count: int) -> None:
+    """Raises UserError where more questions cannot be asked than `config.data.max_bad` allows."""
+    bad = [row for row in rows if row.skipped]
+    if bad and len(bad) + skipped > config.data.max_bad * count:
+        raise UserError(
+            f"{name}, question {bad[0].item.id}: {bad[0].skipped}; so {len(bad) + skipped} of {count} questions, more "
+            f"than config.data.max_bad = {config.data.max_bad}"
+        )
+
+
+def most_tokens(benchmark, scorer: str) -> int:
+    """The longest reply that the benchmark's original allows."""
+    limits = benchmark.MAX_NEW_TOKENS
+    return limits[scorer] if isinstance(limits, dict) else limits
+
+
+def each(batch: Sequence[Item], beside: Sequence[Item], send: Callable, protocol) -> list[Row]:
+    """Judged rows of a batch. A question that cannot be sent is a skipped row and no other question's trouble.
+
+    beside: items that are sent too and not judged. send: items -> their replies.
+    """
+    texts = {item.id: _unsendable(item, protocol) for item in batch}
+    good = [item for item in batch if not texts[item.id]]
+    rows = {item.id: protocol.skip(item, why) for item in batch if (why := texts[item.id])}
+    rows |= _asked(good, beside, send, protocol)
+    return [rows[item.id] for item in batch]
+
+
+def _asked(items: Sequence[Item], beside: Sequence[Item], send: Callable, protocol) -> dict[str, Row]:
+    """Where a batch fails, each half is asked: what fails alone is the question's fault."""
+    if not items:
+        return {}
+    try:
+        replies = send([*items, *beside])
+    except (MemoryError, RuntimeError):
+        raise  # the device's, not a question's
+    except Exception as problem:
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise  # a disk that fails; what PIL says of an image has no number
+        if len(items) == 1:
+            return {items[0].id: protocol.skip(items[0], one_line(problem)[:300] or type(problem).__name__)}
+        half = len(items) // 2
+        return _asked(items[:half], beside, send, protocol) | _asked(items[half:], beside, send, protocol)
+    if len(replies) != len(items) + len(beside):
+        raise ValueError(f"{len(replies)} replies to {len(items) + len(beside)} conversations")
+    return {item.id: protocol.judge(item, reply) for item, reply in zip(items, replies, strict=False)}
+
+
+def _unsendable(item: Item, protocol) -> str:
+    try:
+        check_text(protocol.prompt(item))
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Callable[[], int]]:
+    """Gives a function: the number of the signal that asked this process to stop, 0 for none."""
+    with preemption.watch() as stopped:
+        came: list[int] = []
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handlers[number] = signal.getsignal(number)
+
+            def remember(number, frame):
+                came.append(number)
+                handlers[number](number, frame)
+
+            for number in handlers:
+                signal.signal(number, remember)
+        try:
+            yield lambda: (came[0] if came else signal.SIGTERM) if stopped() else 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as content:
+        while piece := content.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _named(weights: dict) -> str:
+    step = "" if weights.get("step") is None else f"step {weights['step']}, "
+    return f"{step}sha256 {str(weights.get('sha256'))[:12]}"
