@@ -217,18 +217,6 @@ def _shards(info) -> list[str]:
     return [os.path.basename(str(file)) for file in sorted(info.filenames)]
 
 
-def fingerprint(name: str, path: str | os.PathLike, split: str) -> str:
-    """Short, and another wherever the split's records are others: of its description and the sizes of its files.
-
-    The same on every machine and in every folder. Raises as `open_source` does.
-    """
-    folder = _folder(name, path)
-    info = files.read_json(folder / "dataset_info.json", most=None)
-    found = [each for each in info.get("splits", []) if each.get("name") == split]
-    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob(f"*-{split}.*"))
-    return files.checksum(json.dumps([name, found, sizes], sort_keys=True))
-
-
 def _folder(name: str, path: str | os.PathLike) -> Path:
     """Where the newest version of a prepared dataset lies."""
     name = name.partition("/")[0]
