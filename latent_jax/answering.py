@@ -1,19 +1,16 @@
 """Who answers an evaluation, which of its questions cannot be answered, and what ends it early."""
 
 import concurrent.futures
-import contextlib
 import hashlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latent_jax.benchmarks.rows import Item, Row, check_text
 from latent_jax.errors import UserError, one_line
-from latent_jax.runtime import preemption
 
 _PIECE = 8 * 2**20
-_UNREAD = ("opt", "optimizer", "iterator", "data", "README.md", "LICENSE")
+# Of a checkpoint what no answer depends on; of a model folder what is no part of the model.
+_UNREAD = ("opt_state", "iterator", "extra", "README.md", "LICENSE")
 _KINDS = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -44,7 +41,7 @@ def checksum(path: str) -> dict:
     """{"sha256", "files", "step"}: of the names and bytes of all that is read of a model.
 
     An HF directory or hub id: weights, config, tokenizer, preprocessor, chat template and latent head. A workdir: the
-    newest checkpoint (`step`; None elsewhere) without the optimiser's state, its config and the same small files. The
+    newest checkpoint (`step`; None elsewhere) without the optimiser's state, and the same small files. The
     bytes, not times or names of folders: a copy is the same model. Some seconds for 16 GB that are in memory.
     """
     from latent_jax.assets import TINY_VL
@@ -57,7 +54,8 @@ def checksum(path: str) -> dict:
         steps = [int(folder.name) for folder in (root / CHECKPOINTS).iterdir() if folder.name.isdecimal()]
         step = max(steps, default=None)
         folders = [root / ORIGIN, *([root / CHECKPOINTS / str(step)] if step is not None else [])]
-        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+        files = [file for folder in folders for file in folder.rglob("*")]
+        files = [file for file in files if file.is_file()]
         files = [file for file in files if not {*file.relative_to(root).parts} & {*_UNREAD}]
     else:
         root = hf_io.resolve(path or TINY_VL)
@@ -125,29 +123,6 @@ def _unsendable(item: Item, protocol) -> str:
     except ValueError as problem:
         return str(problem)
     return ""
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[Callable[[], int]]:
-    """Gives a function: the number of the signal that asked this process to stop, 0 for none."""
-    with preemption.watch() as stopped:
-        came: list[int] = []
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                handlers[number] = signal.getsignal(number)
-
-            def remember(number, frame):
-                came.append(number)
-                handlers[number](number, frame)
-
-            for number in handlers:
-                signal.signal(number, remember)
-        try:
-            yield lambda: (came[0] if came else signal.SIGTERM) if stopped() else 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def _digest(file: Path) -> str:

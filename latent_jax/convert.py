@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
-from latent_jax.models.card import Card
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.runtime import provenance
-from latent_jax.workdir import Run, is_workdir, named_step, split
+from latent_jax.workdir import Run, card, is_workdir, named_step, split
 
 
 @command
@@ -85,18 +83,6 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
         dtype=dtype and jnp.dtype(dtype),
         latent=latent,
         card=card(run.config, run.newest() if step is None else step, {}).text(bool(head)),
-    )
-
-
-def card(config, steps: int, numbers: dict[str, float]) -> Card:
-    """What an export's README.md tells of a run."""
-    return Card(
-        base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
-        method=config.method,
-        data=f"{config.data.name} ({config.data.split})",
-        steps=steps,
-        numbers=numbers,
-        versions=provenance.versions(),
     )
 
 

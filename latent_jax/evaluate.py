@@ -18,7 +18,7 @@ from latent_jax.benchmarks.rows import Item, Row, conversation
 from latent_jax.data import sources
 from latent_jax.errors import Stopped, UserError
 from latent_jax.predictions import PREDICTIONS, RESULTS, Protocol
-from latent_jax.runtime import files, provenance
+from latent_jax.runtime import files, lock, preemption, provenance
 from latent_jax.runtime.progress import Progress
 from latent_jax.workdir import CONFIG
 
@@ -46,7 +46,11 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
     Resumes what lies there: no question is asked or scored twice. open_backend: config -> Backend; None = ours.
     Returns what results.json holds. Raises UserError for bad input.
     """
-    directory = Path(directory)
+    with lock.only_writer(directory):
+        return _run(config, Path(directory), open_backend)
+
+
+def _run(config, directory: Path, open_backend) -> dict:
     benchmark = importlib.import_module(f"latent_jax.benchmarks.{config.benchmark}")
     protocol = Protocol(benchmark, config.evaluate.scorer, config.evaluate.prompt)
 
@@ -64,7 +68,7 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
 
     with (
         Progress(len(items), len(rows), config.log.progress, unit="question") as progress,
-        answering.watched() as stopped,
+        preemption.watch("stopping after this batch") as stopped,
     ):
         for note in [*notes(config, benchmark, data, items, skipped, len(rows)), *said]:
             progress.say(note)
@@ -92,7 +96,7 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
                             f"stopped after {len(rows):,} of {len(items):,} questions; the same command goes on from "
                             "there"
                         )
-                        raise Stopped(stopped())
+                        raise Stopped(stopped.number)
         seconds = time.monotonic() - started
         if left:
             speed = len(left) / seconds

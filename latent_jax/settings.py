@@ -48,6 +48,9 @@ class Data:
     share: float = option(
         1.0, "share of the split's records that is used; a smaller share is part of a larger", above=0, high=1
     )
+    holdout: int = option(
+        0, "records of the split that are kept from training, for the report; 0 = report on evaluate.split", low=0
+    )
     latent_cache: str = option("", "directory of the targets' latents, made on first use; empty = computed in the step")
     replay: float = option(0.25, "share of ordinary image -> caption examples", low=0, high=1)
     min_pixels: int = option(0, "least pixels of a resized image; 0 = the checkpoint's", low=0)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import json
 import signal
 import sys
 import time
@@ -21,12 +20,13 @@ from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
-from latent_jax.models import hf_export, hf_io, lora
-from latent_jax.models.heads import LatentVLM
+from latent_jax.finish import finish, finished, look_ahead
+from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.runtime import checksums, files, flops, hosts, lock, preemption, provenance, sharding
-from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
+from latent_jax.resume import check_start, restore, save
+from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding
+from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
@@ -34,8 +34,6 @@ from latent_jax.settings import PRESETS, mixture
 from latent_jax.settling import layout_of, mesh_words, settle
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
-
-FINISHED = "finished.json"  # in the workdir, once there is nothing left to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +74,7 @@ def _run(config, directory: Path) -> Summary:
         from_json(_shape_file(config, origin)), image_mean=codec.image.mean, image_std=codec.image.std
     )
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
+    codec.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
     # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
     dtypes = stored_dtypes(config, origin, model_config)
 
@@ -143,22 +142,12 @@ def _run(config, directory: Path) -> Summary:
 def open_data(config, split: str) -> list[tuple[pipeline.Source, float]]:
     """The sources of `config.data.name` with their sampling weights, each cut down to `config.data.share`."""
     found = [(sources.open_source(name, config.data.path, split), w) for name, w in mixture(config.data.name)]
+    if config.data.holdout:  # of the first source, which is the one that is reported on
+        (source, weight), *others = found
+        found = [(sources.hold_out(source, config.data.holdout, config.seed)[0], weight), *others]
     if config.data.share == 1:
         return found
-    return [(sources.Subset(source, config.data.share, config.seed), weight) for source, weight in found]
-
-
-def look_ahead(config, method, directory: Path) -> list[str]:
-    """Checks what only the end of the run needs. Returns lines on what will be left out.
-
-    Raises UserError where the export could not be written.
-    """
-    if config.checkpoint.export and hosts.primary():
-        hf_export.check_replaceable(directory / "hf")
-    if not getattr(method, "REPORT", ""):
-        return []
-    missing = importlib.import_module(method.REPORT).lacking(config)
-    return [f"the report at the end is left out: {missing}"] if missing else []
+    return [(sources.share(source, config.data.share, config.seed), weight) for source, weight in found]
 
 
 def comparable(config) -> dict[str, str]:
@@ -198,87 +187,6 @@ def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
     if config.model.init == "random":
         return {}
     return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
-
-
-def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[TrainState | None, dict, dict, list[str]]:
-    """The newest checkpoint's state, where its data stood, what else it keeps and lines worth saying; None without one.
-
-    Raises UserError where it is damaged, naming the newest whole one; with `checkpoint.fallback` that one is taken, and
-    what is damaged is moved out of the way.
-    """
-    damaged: list[Damaged] = []
-    for step in reversed(checkpoints.steps()):
-        try:
-            found = _restored(checkpoints, setup, step)
-        except Damaged as problem:
-            damaged.append(problem)
-            continue
-        if damaged and not setup.config.checkpoint.fallback:
-            raise UserError(
-                f"{damaged[0]}. The newest whole checkpoint is of step {step}: "
-                f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into "
-                f"{directory / DAMAGED}; or remove the damaged step yourself"
-            )
-        return *found, _set_aside(checkpoints, step, directory)
-    if damaged:
-        raise UserError(f"{damaged[0]}. No other checkpoint is whole: remove {checkpoints.directory} to begin again")
-    return None, {}, {}, []
-
-
-def _restored(checkpoints: Checkpoints, setup: Setup, step: int) -> tuple[TrainState, dict, dict]:
-    """A step's state, where its data stood and what else it keeps. Damage that one host meets, all hosts raise."""
-    abstract, problem, found = setup.abstract(), None, {}
-    try:
-        found, batches_state, extra = checkpoints.restore(step, _items(abstract))
-        if int(found["step"]["step"]) != step:
-            raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
-    except Damaged as caught:
-        problem = caught
-    if hosts.summed({"damaged": float(problem is not None)})()["damaged"]:
-        raise problem or Damaged(f"{checkpoints.directory / str(step)}: another host cannot read it back")
-    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state, extra
-
-
-def _set_aside(checkpoints: Checkpoints, whole: int, directory: Path) -> list[str]:
-    """Moves the steps after `whole` away, and says so."""
-    lines = []
-    hosts.sync("every host has read the checkpoints")
-    for step in [step for step in checkpoints.steps() if step > whole]:
-        lines.append(f"checkpoint {step} is damaged: moved into {directory / DAMAGED}")
-        if hosts.primary():
-            checkpoints.set_aside(step, directory / DAMAGED)
-    hosts.sync("the first host has moved the damaged checkpoints")
-    return lines
-
-
-def check_start(state: TrainState, config, origin: Path) -> None:
-    """Raises UserError where a weight that the run begins with, or a statistic, is not finite."""
-    _, bad = checksums.examined({**state.trainable, **state.frozen})
-    if bad:
-        where = "random weights" if config.model.init == "random" else origin
-        raise UserError(f"{where}: {bad[0]} is not finite (NaN or infinite) before the first step; expected numbers")
-
-
-def save(checkpoints: Checkpoints, state: TrainState, batches_state: dict, extra: dict) -> None:
-    """Begins to write the state, where its data stands and what else a resume compares.
-
-    Raises UserError where an array is not finite.
-    """
-    items, sums, step = _items(state), {}, int(state.step)
-    for name, tree in items.items():
-        sums[name], bad = checksums.examined(tree)
-        if bad:
-            raise UserError(
-                f"step {step}: {name}.{bad[0]} is not finite (NaN or infinite), so it is not saved; the checkpoints "
-                "before it are whole. Try a lower config.train.learning_rate or config.train.clip"
-            )
-    checkpoints.save(step, items, batches_state, extra, sums)
-
-
-def _items(state: TrainState) -> dict:
-    """The checkpoint's items: trees only, and only those that hold something (`frozen` may be empty)."""
-    items = {**state._asdict(), "step": {"step": state.step}}
-    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
 def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Budgets) -> TrainState:
@@ -412,77 +320,3 @@ def loop(
             # A host that only heard of it takes the signal that schedulers send.
             return state, asked_to_stop.number or signal.SIGTERM
     return state, 0
-
-
-def finish(
-    setup: Setup, state: TrainState, codec: Codec, directory: Path, progress: Progress, asked: preemption.Asked
-) -> dict[str, float]:
-    """The HF export, what the method's report finds on held-out data, and the note that all of it is done."""
-    if setup.config.checkpoint.export:
-        asked.at_once("the export")
-        export(setup, state, directory)
-        progress.say(f"HF checkpoint: {directory / 'hf'}")
-    report = {}
-    if getattr(setup.method, "REPORT", ""):
-        asked.at_once("the report on held-out data")
-        reporter = importlib.import_module(setup.method.REPORT)
-        if (model := local_model(setup, state)) is not None:
-            report = reporter.run(model, setup.config, codec, directory, progress.say)
-    if hosts.primary():
-        done = {"step": int(state.step), "settings": _last_settings(setup.config), "report": report}
-        files.write_text(directory / FINISHED, json.dumps(done, indent=2) + "\n")
-    return report
-
-
-def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
-    """What the report found, where all steps, the export and the report are done already; else None.
-
-    Raises UserError where more steps are done than the config asks for.
-    """
-    latest = checkpoints.latest() or 0
-    if latest > config.train.steps:
-        raise UserError(
-            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {latest}; "
-            f"expected at least {latest}, or a new --workdir"
-        )
-    try:
-        done = files.read_json(directory / FINISHED)
-        same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
-    except (UserError, KeyError):  # not there, or damaged: then it is done again
-        return None
-    whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
-    return done.get("report", {}) if same and whole else None
-
-
-def _last_settings(config) -> dict:
-    """The settings that what follows the last step depends on, beside those that a resumed run cannot change."""
-    return {"export": config.checkpoint.export, **dataclasses.asdict(config.evaluate)}
-
-
-def local_model(setup: Setup, state: TrainState) -> LatentVLM | None:
-    """The model on the first host's devices alone, gathered weight by weight; None on the others."""
-    if jax.process_count() > 1:
-        setup = dataclasses.replace(setup, mesh=hosts.local_mesh()) if hosts.primary() else setup
-        placed = []
-        for arrays in (state.trainable, state.frozen):
-            gathered = ((path, hf_export.gather(array)) for path, array in arrays.items())
-            placed.append({p: jax.device_put(a, setup.sharding(p)) for p, a in gathered if hosts.primary()})
-        if not hosts.primary():
-            return None
-        state = state._replace(trainable=placed[0], frozen=placed[1])
-    return setup.build(state.trainable, state.frozen)
-
-
-def export(setup: Setup, state: TrainState, directory: Path) -> None:
-    """Writes WORKDIR/hf: a plain HF checkpoint, and the latent head beside it."""
-    model = setup.config.model
-    arrays = lora.merge({**state.trainable, **state.frozen}, model.lora_rank, model.lora_alpha)
-    vlm, head = workdir.split(arrays)
-    latent = getattr(setup.config, "latent", None)
-    hf_export.save(
-        directory / "hf",
-        vlm,
-        setup.model_config,
-        source=directory / workdir.ORIGIN,
-        latent=({p: hf_export.gather(a) for p, a in head.items()}, dataclasses.asdict(latent)) if head else None,
-    )

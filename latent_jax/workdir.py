@@ -13,10 +13,12 @@ from jax.typing import DTypeLike
 from latent_jax import config as schema
 from latent_jax.errors import UserError
 from latent_jax.models import lora
+from latent_jax.models.card import Card
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.weights import Structure
+from latent_jax.runtime import provenance
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.state import new_model
 
@@ -79,6 +81,19 @@ def named_step(path: str | Path) -> tuple[Path, int | None]:
     if resolved.parent.name == CHECKPOINTS and resolved.name.isascii() and resolved.name.isdigit():
         return resolved.parent.parent, int(resolved.name)
     return Path(path), None
+
+
+def card(config, steps: int, numbers: dict[str, float], command: str = "") -> Card:
+    """What an export's README.md tells of a run."""
+    return Card(
+        base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
+        method=config.method,
+        data=f"{config.data.name} ({config.data.split})",
+        steps=steps,
+        command=command,
+        numbers=numbers,
+        versions=provenance.versions(),
+    )
 
 
 def is_workdir(directory: str | Path) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latent_jax import config as schema
-from latent_jax import train, workdir
+from latent_jax import resume, train, workdir
 from latent_jax.data.packing import Budgets
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
@@ -34,9 +34,9 @@ def made(tmp_path_factory):
     with Checkpoints(directory / workdir.CHECKPOINTS) as checkpoints:
         for step in (3, 4):
             text = {path: array * step for path, array in state.trainable.items()}
-            train.save(checkpoints, state._replace(step=jax.numpy.int32(step), trainable=text), {"position": 7}, {})
+            resume.save(checkpoints, state._replace(step=jax.numpy.int32(step), trainable=text), {"position": 7}, {})
         checkpoints.wait()
-        restored, position, _, _ = train.restore(checkpoints, setup, directory)
+        restored, position, _, _ = resume.restore(checkpoints, setup, directory)
     assert position == {"position": 7}
     return directory, config, state, restored
 

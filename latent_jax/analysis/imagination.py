@@ -90,10 +90,14 @@ def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], l
     kept, examples, problem = [], [], None
     for record, layout in zip(records, caption_layouts(records, config), strict=True):
         try:
-            examples.append(codec.lay_out(layout))
+            with pipeline.telling(record):
+                example = codec.lay_out(layout)
+                if config.data.tokens and len(example.tokens) > config.data.tokens:
+                    raise UserError(f"record {record['key']!r}: longer than config.data.tokens={config.data.tokens}")
         except UserError as error:
             problem = problem or error
             continue
+        examples.append(example)
         kept.append(record)
     if not kept:
         raise problem or UserError("the split is empty")
@@ -103,6 +107,10 @@ def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], l
 def held_out(config) -> list[dict]:
     """The first `evaluate.examples` held-out records; those of scenes with questions about the same images."""
     name = mixture(config.data.name)[0][0]
+    if config.data.holdout:
+        source = sources.open_source(name, config.data.path, config.data.split)
+        _, source = sources.hold_out(source, config.data.holdout, config.seed)
+        return [source[index] for index in range(min(config.evaluate.examples or len(source), len(source)))]
     source = sources.open_source(name, config.data.path, config.evaluate.split)
     if name == "scenes":
         questions = sources.open_source("scenes_questions", config.data.path, config.evaluate.split)
@@ -112,6 +120,8 @@ def held_out(config) -> list[dict]:
 
 def lacking(config) -> str:
     """What a report on held-out data would miss, looked up before training; "" where all is there."""
+    if config.data.holdout:
+        return ""
     try:
         for name in _held_out_names(config):
             sources.open_source(name, config.data.path, config.evaluate.split)

@@ -149,18 +149,37 @@ class Joined(Sequence):
 
 
 class Subset(Sequence):
-    """A random share of a source's records, at least one: the first of an order that `seed` draws, so that a smaller
-    share is part of a larger one."""
+    """Records of a source at some places of it."""
 
-    def __init__(self, source: Sequence, share: float, seed: int):
-        order = np.random.default_rng(seed).permutation(len(source))
-        self._source, self._places = source, order[: max(1, round(share * len(source)))]
+    def __init__(self, source: Sequence, places: np.ndarray):
+        self._source, self._places = source, places
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         return self._source[int(self._places[operator.index(index)])]
+
+
+def share(source: Sequence, part: float, seed: int) -> Subset:
+    """A random part of a source's records, at least one: the first of an order that `seed` draws, so that a smaller
+    share is part of a larger one."""
+    order = np.random.default_rng(seed).permutation(len(source))
+    return Subset(source, order[: max(1, round(part * len(source)))])
+
+
+def hold_out(source: Sequence, count: int, seed: int) -> tuple[Subset, Subset]:
+    """(what is left, `count` records that a seed draws), each in the source's order.
+
+    Raises UserError where nothing would be left.
+    """
+    if count >= len(source):
+        raise UserError(
+            f"config.data.holdout: got {count}, expected fewer than the {len(source)} records of {source!r}"
+        )
+    held = np.random.default_rng([seed, 1]).permutation(len(source))[:count]
+    kept = np.setdiff1d(np.arange(len(source)), held)
+    return Subset(source, kept), Subset(source, np.sort(held))
 
 
 def open_source(name: str, path: str | os.PathLike, split: str) -> Source:

@@ -124,6 +124,13 @@ def check_replaceable(directory: str | Path) -> None:
             )
 
 
+def write_card(directory: Path, text: str) -> None:
+    """Replaces the README.md of an export that `save` wrote; one of the user's own stays."""
+    if _own_card(directory) is None:
+        with whole(directory / CARD) as file:
+            file.write(f"{text}\n\n{CARD_MARK}\n".encode())
+
+
 def _own_card(directory: Path) -> bytes | None:
     """The README.md of an earlier export where somebody else wrote it."""
     file = directory / CARD

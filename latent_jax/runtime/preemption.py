@@ -18,8 +18,8 @@ class Asked:
     Once everything is saved (`at_once`) nothing is left to wait for: from then on a signal raises Stopped.
     """
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, promise: str):
+        self.number, self._promise = 0, promise
         self._saved = ""
 
     def __call__(self) -> bool:
@@ -38,7 +38,7 @@ class Asked:
         self.number = number
         if self._saved:
             self._stop()
-        _say(f"{signal.Signals(number).name}: saving a checkpoint after this step; again to stop at once")
+        _say(f"{signal.Signals(number).name}: {self._promise}; again to stop at once")
 
     def _stop(self) -> None:
         _say(f"{signal.Signals(self.number).name}: stopped during {self._saved}; the same command goes on from there")
@@ -46,12 +46,12 @@ class Asked:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Asked]:
-    """Listens as long as the block runs. The earlier handlers come back at the end.
+def watch(promise: str = "saving a checkpoint after this step") -> Iterator[Asked]:
+    """Listens as long as the block runs; the first signal is answered with `promise`. The earlier handlers come back.
 
     Only a main thread can listen; elsewhere the answer is always False.
     """
-    asked = Asked()
+    asked = Asked(promise)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

@@ -216,7 +216,7 @@ def test_damage_is_named_when_it_is_met(prepared, tmp_path, harm):
 
 def test_a_smaller_share_is_part_of_a_larger_one():
     def numbers(share, seed=1):
-        return [record["key"] for record in sources.Subset([{"key": n} for n in range(200)], share, seed)]
+        return [record["key"] for record in sources.share([{"key": n} for n in range(200)], share, seed)]
 
     shares = [numbers(share) for share in (0.001, 0.05, 0.25, 1)]
     assert [len(share) for share in shares] == [1, 10, 50, 200]

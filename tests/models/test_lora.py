@@ -10,7 +10,7 @@ from flax import nnx
 
 import latent_jax
 from latent_jax import config as schema
-from latent_jax import train, workdir
+from latent_jax import finish, resume, workdir
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.models import hf_export, hf_io, lora
@@ -165,11 +165,11 @@ def run(tmp_path_factory):
     schema.write(config, directory / workdir.CONFIG)
     hf_export.keep_origin(source, directory / workdir.ORIGIN)
     with Checkpoints(directory / workdir.CHECKPOINTS) as checkpoints:
-        train.save(checkpoints, state, {"position": 3})
+        resume.save(checkpoints, state, {"position": 3}, {})
         checkpoints.wait()
-        restored, _ = train.restore(checkpoints, ready)
+        restored, *_ = resume.restore(checkpoints, ready, directory)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    train.export(ready, restored, directory)
+    finish.export(ready, restored, directory)
     return directory, jax.device_get(state)
 
 

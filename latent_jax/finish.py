@@ -1,0 +1,121 @@
+"""What follows the last step: the HF export, the report on held-out data, and the note that all of it is done."""
+
+import dataclasses
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+
+from latent_jax import workdir
+from latent_jax.data.chat import Codec
+from latent_jax.errors import UserError
+from latent_jax.models import hf_export, lora
+from latent_jax.models.heads import LatentVLM
+from latent_jax.runtime import files, hosts, preemption
+from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.runtime.progress import Progress
+from latent_jax.state import Setup, TrainState
+
+FINISHED = "finished.json"  # in the workdir, once there is nothing left to do
+
+
+def finish(
+    setup: Setup, state: TrainState, codec: Codec, directory: Path, progress: Progress, asked: preemption.Asked
+) -> dict[str, float]:
+    """The HF export, what the method's report finds on held-out data, and the note that all of it is done."""
+    if setup.config.checkpoint.export:
+        asked.at_once("the export")
+        export(setup, state, directory)
+        progress.say(f"HF checkpoint: {directory / 'hf'}")
+    report = {}
+    if getattr(setup.method, "REPORT", ""):
+        asked.at_once("the report on held-out data")
+        reporter = importlib.import_module(setup.method.REPORT)
+        if (model := local_model(setup, state)) is not None:
+            report = reporter.run(model, setup.config, codec, directory, progress.say)
+            if report and setup.config.checkpoint.export:
+                hf_export.write_card(directory / "hf", card_text(setup, int(state.step), report))
+    if hosts.primary():
+        done = {"step": int(state.step), "settings": _last_settings(setup.config), "report": report}
+        files.write_text(directory / FINISHED, json.dumps(done, indent=2) + "\n")
+    return report
+
+
+def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
+    """What the report found, where all steps, the export and the report are done already; else None.
+
+    Raises UserError where more steps are done than the config asks for.
+    """
+    latest = checkpoints.latest() or 0
+    if latest > config.train.steps:
+        raise UserError(
+            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {latest}; "
+            f"expected at least {latest}, or a new --workdir"
+        )
+    try:
+        done = files.read_json(directory / FINISHED)
+        same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
+    except (UserError, KeyError):  # not there, or damaged: then it is done again
+        return None
+    whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
+    return done.get("report", {}) if same and whole else None
+
+
+def _last_settings(config) -> dict:
+    """The settings that what follows the last step depends on, beside those that a resumed run cannot change."""
+    return {"export": config.checkpoint.export, **dataclasses.asdict(config.evaluate)}
+
+
+def local_model(setup: Setup, state: TrainState) -> LatentVLM | None:
+    """The model on the first host's devices alone, gathered weight by weight; None on the others."""
+    if jax.process_count() > 1:
+        setup = dataclasses.replace(setup, mesh=hosts.local_mesh()) if hosts.primary() else setup
+        placed = []
+        for arrays in (state.trainable, state.frozen):
+            gathered = ((path, hf_export.gather(array)) for path, array in arrays.items())
+            placed.append({p: jax.device_put(a, setup.sharding(p)) for p, a in gathered if hosts.primary()})
+        if not hosts.primary():
+            return None
+        state = state._replace(trainable=placed[0], frozen=placed[1])
+    return setup.build(state.trainable, state.frozen)
+
+
+def export(setup: Setup, state: TrainState, directory: Path) -> None:
+    """Writes WORKDIR/hf: a plain HF checkpoint, and the latent head beside it."""
+    model = setup.config.model
+    arrays = lora.merge({**state.trainable, **state.frozen}, model.lora_rank, model.lora_alpha)
+    vlm, head = workdir.split(arrays)
+    latent = getattr(setup.config, "latent", None)
+    hf_export.save(
+        directory / "hf",
+        vlm,
+        setup.model_config,
+        source=directory / workdir.ORIGIN,
+        latent=({p: hf_export.gather(a) for p, a in head.items()}, dataclasses.asdict(latent)) if head else None,
+        card=card_text(setup, int(state.step), {}),
+    )
+
+
+def card_text(setup: Setup, step: int, report: dict) -> str:
+    """The export's README.md: what it was made from and by which command, and what the report found."""
+    numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+    as_command = Path(sys.argv[0]).name == "main.py"
+    words = ["python", "-m", "latent_jax.main", *sys.argv[1:]] if as_command else []
+    head = any(path.startswith("head.") for path in setup.structure.variables)
+    return workdir.card(setup.config, step, numbers, shlex.join(words)).text(head)
+
+
+def look_ahead(config, method, directory: Path) -> list[str]:
+    """Checks what only the end of the run needs. Returns lines on what will be left out.
+
+    Raises UserError where the export could not be written.
+    """
+    if config.checkpoint.export and hosts.primary():
+        hf_export.check_replaceable(directory / "hf")
+    if not getattr(method, "REPORT", ""):
+        return []
+    missing = importlib.import_module(method.REPORT).lacking(config)
+    return [f"the report at the end is left out: {missing}"] if missing else []

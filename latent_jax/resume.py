@@ -1,0 +1,91 @@
+"""A run's state on disk: what is saved, what is compared when it is read back, and where a run goes on."""
+
+from pathlib import Path
+
+import jax
+
+from latent_jax.errors import UserError
+from latent_jax.runtime import checksums, hosts
+from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
+from latent_jax.state import Setup, TrainState
+
+
+def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[TrainState | None, dict, dict, list[str]]:
+    """The newest checkpoint's state, where its data stood, what else it keeps and lines worth saying; None without one.
+
+    Raises UserError where it is damaged, naming the newest whole one; with `checkpoint.fallback` that one is taken, and
+    what is damaged is moved out of the way.
+    """
+    damaged: list[Damaged] = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            found = _restored(checkpoints, setup, step)
+        except Damaged as problem:
+            damaged.append(problem)
+            continue
+        if damaged and not setup.config.checkpoint.fallback:
+            raise UserError(
+                f"{damaged[0]}. The newest whole checkpoint is of step {step}: "
+                f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into "
+                f"{directory / DAMAGED}; or remove the damaged step yourself"
+            )
+        return *found, _set_aside(checkpoints, step, directory)
+    if damaged:
+        raise UserError(f"{damaged[0]}. No other checkpoint is whole: remove {checkpoints.directory} to begin again")
+    return None, {}, {}, []
+
+
+def _restored(checkpoints: Checkpoints, setup: Setup, step: int) -> tuple[TrainState, dict, dict]:
+    """A step's state, where its data stood and what else it keeps. Damage that one host meets, all hosts raise."""
+    abstract, problem, found = setup.abstract(), None, {}
+    try:
+        found, batches_state, extra = checkpoints.restore(step, _items(abstract))
+        if int(found["step"]["step"]) != step:
+            raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
+    except Damaged as caught:
+        problem = caught
+    if hosts.summed({"damaged": float(problem is not None)})()["damaged"]:
+        raise problem or Damaged(f"{checkpoints.directory / str(step)}: another host cannot read it back")
+    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state, extra
+
+
+def _set_aside(checkpoints: Checkpoints, whole: int, directory: Path) -> list[str]:
+    """Moves the steps after `whole` away, and says so."""
+    lines = []
+    hosts.sync("every host has read the checkpoints")
+    for step in [step for step in checkpoints.steps() if step > whole]:
+        lines.append(f"checkpoint {step} is damaged: moved into {directory / DAMAGED}")
+        if hosts.primary():
+            checkpoints.set_aside(step, directory / DAMAGED)
+    hosts.sync("the first host has moved the damaged checkpoints")
+    return lines
+
+
+def check_start(state: TrainState, config, origin: Path) -> None:
+    """Raises UserError where a weight that the run begins with, or a statistic, is not finite."""
+    _, bad = checksums.examined({**state.trainable, **state.frozen})
+    if bad:
+        where = "random weights" if config.model.init == "random" else origin
+        raise UserError(f"{where}: {bad[0]} is not finite (NaN or infinite) before the first step; expected numbers")
+
+
+def save(checkpoints: Checkpoints, state: TrainState, batches_state: dict, extra: dict) -> None:
+    """Begins to write the state, where its data stands and what else a resume compares.
+
+    Raises UserError where an array is not finite.
+    """
+    items, sums, step = _items(state), {}, int(state.step)
+    for name, tree in items.items():
+        sums[name], bad = checksums.examined(tree)
+        if bad:
+            raise UserError(
+                f"step {step}: {name}.{bad[0]} is not finite (NaN or infinite), so it is not saved; the checkpoints "
+                "before it are whole. Try a lower config.train.learning_rate or config.train.clip"
+            )
+    checkpoints.save(step, items, batches_state, extra, sums)
+
+
+def _items(state: TrainState) -> dict:
+    """The checkpoint's items: trees only, and only those that hold something (`frozen` may be empty)."""
+    items = {**state._asdict(), "step": {"step": state.step}}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}

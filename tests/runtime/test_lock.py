@@ -1,0 +1,48 @@
+"""One writer a directory."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from latent_jax.errors import UserError
+from latent_jax.runtime import lock
+
+HOLD = """
+import sys, time
+from latent_jax.runtime import lock
+with lock.only_writer(sys.argv[1]):
+    open(sys.argv[1] + "/.config.json.abc.partial", "w").close()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_by_name_and_a_dead_one_holds_nothing(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another process writes to it \(process {holder.pid}\)"):
+        lock.only_writer(tmp_path).__enter__()
+    assert (tmp_path / ".config.json.abc.partial").exists()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with lock.only_writer(tmp_path):
+        # What it was writing when it was killed is gone.
+        assert os.listdir(tmp_path) == [lock.NAME]
+
+
+def test_a_new_directory_in_which_nothing_was_begun_does_not_stay(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.only_writer(tmp_path / "a" / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "a" / "run").exists()
+    with lock.only_writer(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").touch()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {lock.NAME, "config.json"}
+
+
+def test_the_same_process_may_come_again(tmp_path):
+    for _ in range(2):
+        with lock.only_writer(tmp_path):
+            pass
