@@ -71,12 +71,8 @@ def subjects() -> dict[str, Subject]:
 # ---------------------------------------------------------------- what the commands find
 
 
-def data(base: Path) -> Path:
-    """The embedded world, few records, prepared; shared by the subjects that do not injure it."""
-    return base / "data"
-
-
 def make_data(base: Path) -> int:
+    """The embedded world, few records, prepared; shared by the subjects that do not injure it."""
     from latent_jax.data.builders.build import build_scenes
 
     build_scenes(base / "data", sizes={"train": 24, "validation": 4})

@@ -1,7 +1,7 @@
 """Commands of the package in forked children of one process that has imported everything and started nothing.
 
-Importing jax, orbax, transformers and TFDS takes longer than a tiny run. A fork is sound here because the parent has one
-thread and no backend; `check` looks. What a child does after that (threads, devices, temporary files) is its own.
+Importing jax, orbax, transformers and TFDS takes longer than a tiny run. A fork is sound here because the parent has
+one thread and no backend; `check` looks. What a child does after that (threads, devices, temporary files) is its own.
 """
 
 import atexit
@@ -20,12 +20,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# At this module's import, before numpy's: its BLAS starts its threads there.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = (
-    "jax", "orbax.checkpoint", "grain", "tensorflow_datasets", "transformers", "array_record.python.array_record_module",
+    "jax", "orbax.checkpoint", "grain", "tensorflow_datasets", "array_record.python.array_record_module",
+    "transformers", "transformers.models.auto.tokenization_auto", "PIL.Image",
     "latent_jax.main", "latent_jax.train", "latent_jax.evaluate", "latent_jax.convert", "latent_jax.generate",
     "latent_jax.prepare", "latent_jax.vlm", "latent_jax.encode", "latent_jax.methods.pretrain",
-    "latent_jax.analysis.imagination", "latent_jax.data.builders.build",
+    "latent_jax.analysis.imagination", "latent_jax.data.builders.build", "latent_jax.benchmarks.gqa",
 )  # fmt: skip
 MEMORY = 24 * 2**30  # of address space: XLA and malloc reserve far more than they touch
 
@@ -50,7 +54,6 @@ def prepare_process(cache: Path) -> None:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "LATENT_JAX_CACHE": str(cache),
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TF_CPP_MIN_LOG_LEVEL": "3",
