@@ -16,7 +16,17 @@ from typing import Any
 from latent_jax.data.builders.build import BUILDERS
 from tests.faults import forms, warm
 
-TIMED = {"step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "mfu_vision", "seconds", "throughput"}
+# What differs between two right runs: times, and the state of the checkout.
+TIMED = {
+    "step_seconds",
+    "tokens_per_second",
+    "data_wait_seconds",
+    "mfu",
+    "mfu_vision",
+    "seconds",
+    "throughput",
+    "git_commit",
+}
 CONFIGS = warm.REPOSITORY / "configs"
 TRAIN = [
     f"--config={CONFIGS / 'pretrain.py'}", "--workdir=run", "--config.data.path=data", "--config.mesh.cpu_devices=1",
@@ -103,8 +113,14 @@ def half_cached(base: Path, place: Path) -> None:
 
 def take_back(place: Path) -> None:
     shutil.rmtree(place / "run" / "checkpoints" / str(STEPS))
+    unfinish(place)
     shutil.rmtree(place / "run" / "hf")
-    (place / "run" / "imagination.json").unlink(missing_ok=True)
+
+
+def unfinish(place: Path) -> None:
+    """Takes away what a run writes after its last step and its export."""
+    for name in ("finished.json", "imagination.json", "curves.png", "neighbours.png"):
+        (place / "run" / name).unlink(missing_ok=True)
 
 
 def cache_alone(base: Path, place: Path) -> None:
