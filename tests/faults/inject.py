@@ -109,7 +109,9 @@ def _fits(mutation: Callable, file: Path, content: bytes) -> bool:
     if mutation is duplicate:
         return _is_text(content)
     if mutation is value:
-        return _is_json(content) or (file.suffix == ".jsonl" and all(map(_is_json, content.splitlines())))
+        return _is_json(content) or (
+            file.suffix == ".jsonl" and bool(content) and all(map(_is_json, content.splitlines()))
+        )
     if mutation is drop:
         return _is_json(content) and any(_places(json.loads(content), []))
     return bool(content)

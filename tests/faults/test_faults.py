@@ -78,6 +78,9 @@ def test_records_that_are_left_out_must_be_counted(tmp_path):
     found = {}
     assert outcome("1.jpg", {"2": "b", "3": "c"}, 1) == "skipped"
     assert outcome("1.jpg", {"2": "b", "3": "c"}, 0) == "silent"
+    assert outcome("deleted.tar", {"2": "b", "3": "c"}, 0) == "as it stands"
+    (tmp_path / "cut.tar").touch()
+    assert outcome("cut.tar", {"2": "b", "3": "c"}, 0) == "silent"
     assert outcome("1.jpg", {"1": "other", "2": "b", "3": "c"}, 0) == "as it stands"
     assert outcome("1.jpg", {"1": "other", "2": "other", "3": "c"}, 0) == "silent"
 

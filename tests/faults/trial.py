@@ -119,8 +119,8 @@ def judge_records(file: Path, expected: dict, found: dict) -> tuple[str, str]:
     lost, changed = before.keys() - after.keys(), [key for key in after if after[key] != before.get(key)]
     told = f"{skipped} skipped, {len(lost)} lost, {len(changed)} changed or new of {len(before)}"
     image = file.suffix in (".jpg", ".png")
-    # No list names the shards of these forms: without one of them it is another, smaller folder.
-    if file.suffix in (".tar", ".parquet") and not file.exists() and not changed:
+    # No list names these forms' shards or lists of questions: without one of them it is another, smaller folder.
+    if not image and not file.exists() and not changed:
         return "as it stands", told
     if lost and not skipped and (image or not changed):
         return "silent", told
