@@ -7,14 +7,15 @@ PINS := pyproject.toml constraints.txt
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain tiny_vl test test-slow lint format clean
+.PHONY: help pretrain tiny_vl test test-slow test-matrix matrix-one lint format clean
 
 help:
 	@echo "make pretrain   latent pretraining of the embedded model on the embedded dataset, into runs/pretrain"
 	@echo "make test       the tests; make test-slow adds the slow ones"
+	@echo "make test-matrix  training, evaluation and checkpoints on those of $(MATRIX) that are here"
 	@echo "make lint       ruff's rules and format; make format applies them"
 	@echo "make tiny_vl    trains the embedded model anew, into latent_jax/assets/tiny_vl"
-	@echo "make clean      removes .venv and caches; runs/ stays"
+	@echo "make clean      removes .venv, those of test-matrix and caches; runs/ stays"
 
 pretrain: $(STAMP)/run
 	$(RUN) -m latent_jax.main --config=configs/pretrain.py --workdir=runs/pretrain
@@ -31,6 +32,21 @@ test: $(STAMP)/test
 test-slow: $(STAMP)/test
 	$(RUN) -m pytest -m "slow or not slow"
 
+# Other interpreters, each with the versions that constraints.txt has for it (the newest jax), in .venv-NAME. Only tests that
+# need no torch, whose CPU build pip may not find for them. An interpreter that is not here is said, and is no error.
+MATRIX ?= python3.12 python3.13
+MATRIX_TESTS ?= tests/test_main.py tests/test_train.py tests/test_evaluate.py tests/runtime/test_checkpoints.py
+test-matrix:
+	@for python in $(MATRIX); do \
+	  if ! $$python -c "" 2>/dev/null; then echo "$$python: not here, not tested"; continue; fi; \
+	  echo "$$python:"; \
+	  $(MAKE) --no-print-directory PYTHON=$$python VENV=.venv-$$python matrix-one || exit 1; \
+	done
+
+matrix-one: $(STAMP)/run
+	@$(PIP) beartype hypothesis matplotlib pytest pytest-xdist
+	$(RUN) -m pytest $(MATRIX_TESTS)
+
 lint: $(STAMP)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -40,7 +56,7 @@ format: $(STAMP)/lint
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-* .cache .pytest_cache .ruff_cache build *.egg-info
 
 # A stamp is newer than the pins that it was installed from, so that only a change of pins installs again.
 $(STAMP)/run: $(PINS) | $(STAMP)
