@@ -27,6 +27,8 @@ def one_line(problem: BaseException) -> str:
 def os_error(problem: OSError) -> str:
     """One line for what the operating system refused: the file first, where it is known."""
     reason = problem.strerror or one_line(problem) or type(problem).__name__
+    if isinstance(problem, FileNotFoundError):
+        reason = "no such file"
     return f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
 
 

@@ -287,7 +287,7 @@ def loop(
             metrics.write(number, values)
         progress.update(number, values)
         for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
-            if not np.isfinite(values[name]):
+            if not np.isfinite(values.get(name, 0.0)):
                 raise UserError(
                     f"step {number}: the {words} is {values[name]}; the checkpoints before it are whole. "
                     "Expected a finite one: try a lower config.train.learning_rate or config.train.clip"

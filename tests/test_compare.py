@@ -115,4 +115,4 @@ def test_the_command(tmp_path, capsys):
     assert "b - a  +50.00 points, 95 % interval" in said and "sign-flip test over clusters" in said
     with pytest.raises(SystemExit) as end:
         compare.main([f"--a={tmp_path}", f"--b={b}"])
-    assert end.value.code == 2 and "results.json: no such file" in capsys.readouterr().err
+    assert end.value.code == 2 and "predictions.jsonl: no such file" in capsys.readouterr().err

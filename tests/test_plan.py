@@ -258,6 +258,8 @@ def test_where_the_state_alone_is_too_large_only_more_devices_help():
 )
 def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(topologies, "start", lambda: None)
-    assert command.main(arguments) == 2
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and printed.err.count("\n") == 1 and not printed.out

@@ -101,7 +101,7 @@ class Codec:
 
     def render(
         self,
-        messages: Sequence[Mapping],
+        messages: object,  # checked by data/messages.py: bad ones are a UserError
         add_generation_prompt: bool = False,
         *,
         imagined_grid: tuple[int, int] | None = None,

@@ -102,7 +102,7 @@ def test_both_directions_undo_each_other_for_any_sizes(data):
         temporal_patch_size=size(),
         patch_size=patch,
         window_size=2 * patch,
-        out_hidden_size=size(),
+        out_hidden_size=text.hidden_size,
     )
     config = dataclasses.replace(base, text=text, vision=vision)
     for weight in hf_names.weights(config):
