@@ -290,7 +290,7 @@ def loop(
             if not np.isfinite(values.get(name, 0.0)):
                 raise UserError(
                     f"step {number}: the {words} is {values[name]}; the checkpoints before it are whole. "
-                    "Expected a finite one: try a lower config.train.learning_rate or config.train.clip"
+                    f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
                 )
         return data, bool(asked)
 
