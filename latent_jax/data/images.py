@@ -211,7 +211,7 @@ def read(file: str | os.PathLike, name: str) -> bytes:
     except UserError as problem:
         reason = str(problem).removeprefix(f"{file}: ")
         raise UserError(
-            f"{name}: no such image file" if reason.startswith("No such") else f"{name}: {reason}"
+            f"{name}: no such image file" if reason.startswith("no such") else f"{name}: {reason}"
         ) from None
 
 
