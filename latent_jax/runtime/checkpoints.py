@@ -11,8 +11,10 @@ JSON item carries one of itself: what is read back is compared, so that a damage
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,12 +22,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from latent_jax.errors import UserError, one_line
+from latent_jax.errors import UserError, one_line, os_error
 from latent_jax.runtime import checksums, files
 
 _JSON_ITEMS = ("iterator", "extra")
 _ARRAYS, _CONTENT, _SUM = "array_checksums", "content", "checksum"
 DAMAGED = "damaged_checkpoints"
+
+
+def _raised_again(record: logging.LogRecord) -> bool:
+    """Whether to say it: Orbax's threads and tasks log an error with its traceback, and then raise it where we wait."""
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info and record.exc_info[2] else ()
+    return not ("orbax" in record.pathname and record.exc_info) and not any("orbax" in f.filename for f in frames)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_raised_again)
 
 
 class Damaged(UserError):
@@ -153,8 +165,8 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as problem:
-            if _of_the_disk(problem):
-                raise UserError(f"{self.directory}: a checkpoint cannot be written: {_first(problem)}") from None
+            if reason := _of_the_disk(problem):
+                raise UserError(f"{self.directory}: a checkpoint cannot be written: {reason}") from None
             raise
 
     def _existing(self, step: int | None) -> int:
@@ -237,14 +249,16 @@ def _first(problem: BaseException) -> str:
     return said if len(said) <= 200 else said[:197] + "..."
 
 
-def _of_the_disk(problem: BaseException) -> bool:
-    """Is this the operating system's refusal, of an error or of what caused it? tensorstore only quotes its words."""
+def _of_the_disk(problem: BaseException | None) -> str:
+    """What the operating system refused, in an error or in what caused it, or ""; tensorstore only quotes its words."""
+    words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)]
     while problem is not None:
-        words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)]
-        if isinstance(problem, OSError) or any(word in str(problem) for word in words):
-            return True
+        if isinstance(problem, OSError):
+            return os_error(problem)
+        if said := [word for word in words if word in str(problem)]:
+            return said[0]
         problem = problem.__cause__ or problem.__context__
-    return False
+    return ""
 
 
 def _sealed(content: Mapping) -> dict:
