@@ -85,3 +85,12 @@ def test_short_spellings(text, annotation, value):
 def test_unknown_names_the_nearest_or_all():
     assert str(fields.unknown("config.stpes", "stpes", ["steps", "seed"])).endswith("did you mean 'steps'?")
     assert str(fields.unknown("config.zzz", "zzz", ["steps", "seed"])).endswith("known: seed, steps")
+
+
+@pytest.mark.parametrize("points", [((0.5, 1.0), (0.0, 0.0)), ((0.0, 1.0), (0.0, 2.0))])
+def test_points_must_ascend(points):
+    points_type, limits = tuple[tuple[float, float], ...], {"ascending": True}
+    with pytest.raises(UserError, match=r"key: got points at 0(.5)?, 0, expected each later than the one before"):
+        fields.check("key", points, points_type, limits)
+    for good in ((), ((0.5, 1.0),), ((0.0, 1.0), (0.5, 0.0))):
+        assert fields.check("key", good, points_type, limits) == good

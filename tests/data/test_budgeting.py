@@ -1,11 +1,14 @@
 """What a choice of budgets reaches on other examples than it was made from."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax.data import budgeting
+from latent_jax.data.layout import Example
 from latent_jax.data.packing import Size
 from latent_jax.errors import UserError
 
@@ -117,3 +120,29 @@ def test_a_named_row_is_filled_by_the_examples_that_fit_it():
 def test_a_size_that_no_example_fits_is_named(name, size, least):
     with pytest.raises(UserError, match=rf"config\.data\.{name}: got {size}, expected at least {least}, what the sm"):
         budgeting.choose([Size(320, 1024, 0, 588, 1024)], batch_size=4, named={name: size})
+
+
+def _example(tokens, key):
+    return mock.Mock(spec=Example, tokens=np.zeros(tokens, np.int32), key=key)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "row_tokens", "max_bad", "left_out"),
+    [
+        ([50, 60, 7000, 40], 256, 0.05, [7000]),  # of few, one
+        ([50, 60, 250, 40], 256, 0.05, []),  # none is longer than a row may be
+        (
+            [50] * 96 + [900, 800, 700, 600],
+            256,
+            0.03,
+            [900, 800, 700],
+        ),  # the rest is no exception: rows are made for it
+        ([50, 7000], 256, 0.0, []),  # nothing may be skipped
+        ([7000], 256, 0.05, []),  # all that there is
+    ],
+)
+def test_rare_long_examples_do_not_set_the_rows_length(lengths, row_tokens, max_bad, left_out):
+    sample = [_example(length, str(at)) for at, length in enumerate(lengths)]
+    kept, long = budgeting.without_outliers(sample, row_tokens, max_bad)
+    assert [len(example.tokens) for example in long] == left_out
+    assert kept == [example for example in sample if example not in long]

@@ -61,3 +61,26 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     for name in ("absent", "x" * 5000, "nul\0"):
         with pytest.raises(UserError):
             files.read_bytes(tmp_path / name)
+
+
+def test_a_user_without_a_home_has_a_cache_of_its_own(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LATENT_JAX_CACHE", raising=False)
+    monkeypatch.setattr(files.Path, "home", staticmethod(unknown))
+    assert files.cache_directory().name == f"latent_jax-{os.getuid()}"
+
+
+def test_an_error_of_an_open_file_gets_its_name(tmp_path):
+    with pytest.raises(OSError) as problem, files.naming(tmp_path / "log"):
+        raise OSError(28, "No space left on device")
+    assert problem.value.filename == str(tmp_path / "log")
+
+
+def test_what_was_written_when_a_process_died_is_cleared(tmp_path):
+    (tmp_path / ".a.json.x1.partial").touch()
+    (tmp_path / "b.partial").touch()
+    (tmp_path / ".c.partial").mkdir()
+    files.clear_partial(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"b.partial", ".c.partial"}

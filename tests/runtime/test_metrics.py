@@ -110,3 +110,18 @@ def test_a_kill_loses_no_written_step(tmp_path):
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert steps(tmp_path)[:said] == list(range(1, said + 1))
+
+
+def test_lines_that_were_changed_since_a_checkpoint_are_told(tmp_path):
+    with Metrics(tmp_path, tensorboard=False) as made:
+        for step in (1, 2, 3):
+            made.write(step, {"loss/total": 1.5})
+            if step == 2:
+                kept = made.checksum()
+    with Metrics(tmp_path, 2, tensorboard=False, expected=kept) as again:
+        assert again.checksum() == kept
+        again.write(3, {"loss/total": 1.5})
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().replace("1.5", "1.6", 1))
+    with pytest.raises(UserError, match=f"{file}: its lines up to step 2 are not those that the run wrote"):
+        Metrics(tmp_path, 2, tensorboard=False, expected=kept)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from latent_jax.errors import Stopped
 from latent_jax.runtime import preemption
 
 
@@ -58,3 +59,20 @@ def test_another_thread_listens_to_nothing():
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+def test_once_all_is_saved_a_signal_ends_the_run_where_it_is(capfd):
+    with pytest.raises(Stopped) as ended, preemption.watch() as asked:
+        asked.at_once("the report")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "\nSIGTERM: stopped during the report; the same command goes on from there\n"
+
+
+def test_a_signal_that_came_before_counts_when_all_is_saved(capfd):
+    with pytest.raises(Stopped), preemption.watch("finishing this") as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() and asked.number == signal.SIGTERM
+        asked.at_once("the export")
+    assert capfd.readouterr().err.startswith("\nSIGTERM: finishing this; again to stop at once\n")
