@@ -69,10 +69,10 @@ def _run(config, directory: Path) -> Summary:
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     origin = hf_io.resolve(config.model.path or TINY_VL)
+    # Before the tokenizer: transformers reads the same config.json, and believes whatever sizes stand there.
+    shape = from_json(_shape_file(config, origin))
     codec = Codec.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
-    model_config = dataclasses.replace(
-        from_json(_shape_file(config, origin)), image_mean=codec.image.mean, image_std=codec.image.std
-    )
+    model_config = dataclasses.replace(shape, image_mean=codec.image.mean, image_std=codec.image.std)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
     codec.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
     # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.

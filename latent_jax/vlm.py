@@ -180,6 +180,8 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
         vlm = place(vlm, wanted)
     else:
         origin = hf_io.resolve(path or TINY_VL)
+        # Before the tokenizer: transformers reads the same config.json, and believes whatever sizes stand there.
+        from_json(origin / "config.json")
         codec = Codec.from_directory(origin)
         vlm = hf_io.load(origin, dtype=wanted)
         head, latent = hf_export.load_latent(origin) or ({}, None)
