@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -129,14 +130,28 @@ def _build_made(output, write, folders, called, wait):
 
 def _run(name, raw, data_dir, work, max_bad, workers, called=""):
     module = importlib.import_module(f"latent_jax.data.builders.{name}")
-    builder = getattr(module, BUILDERS[name])(
-        raw=raw, work=work / name, max_bad=max_bad, workers=workers, data_dir=data_dir, called=called
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of its temporary folders
-        builder.build()
+    with _temporary_in(work / "temporary"):
+        builder = getattr(module, BUILDERS[name])(
+            raw=raw, work=work / name, max_bad=max_bad, workers=workers, data_dir=data_dir, called=called
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of its temporary folders
+            builder.build()
     lines = [line for tally in builder.tallies for line in tally.lines()]
     counts = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
     return [*lines, f"{name}: records {counts}"]
+
+
+@contextlib.contextmanager
+def _temporary_in(folder: Path) -> Iterator[None]:
+    """Temporary folders lie in this one: TFDS makes some that it never removes, and a kill leaves all of them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    earlier, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = earlier
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename(folder, target):
