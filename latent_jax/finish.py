@@ -16,6 +16,7 @@ from latent_jax.models import hf_export, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files, hosts, preemption
 from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.state import Setup, TrainState
 
@@ -47,7 +48,7 @@ def finish(
 def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
     """What the report found, where all steps, the export and the report are done already; else None.
 
-    Raises UserError where more steps are done than the config asks for.
+    Raises UserError where more steps are done than the config asks for, or where the metrics are not those written.
     """
     latest = checkpoints.latest() or 0
     if latest > config.train.steps:
@@ -61,6 +62,8 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
     except (UserError, KeyError):  # not there, or damaged: then it is done again
         return None
     whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
+    if same and whole and hosts.primary():
+        Metrics(directory, latest, tensorboard=False, expected=checkpoints.extra().get("metrics")).close()
     return done.get("report", {}) if same and whole else None
 
 

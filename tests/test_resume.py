@@ -144,6 +144,15 @@ def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(wh
     assert train.run(config_of(scenes), whole).step == 4
 
 
+def test_a_finished_run_whose_metrics_were_changed_says_so(whole, scenes, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    file = directory / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"examples": ', '"examples": 1', 1))
+    with pytest.raises(UserError, match="metrics.jsonl: its lines up to step 4 are not those"):
+        train.run(config_of(scenes), directory)
+
+
 def test_a_second_writer_is_refused_before_anything_is_read(whole, scenes):
     with lock.only_writer(whole), pytest.raises(UserError, match="another process writes to it"):
         train.run(config_of(scenes), whole)

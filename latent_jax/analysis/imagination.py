@@ -122,11 +122,16 @@ def lacking(config) -> str:
     """What a report on held-out data would miss, looked up before training; "" where all is there."""
     if config.data.holdout:
         return ""
-    try:
-        for name in _held_out_names(config):
-            sources.open_source(name, config.data.path, config.evaluate.split)
-    except UserError as problem:
-        return f"{problem}; config.data.holdout=N keeps N records of the training split for it"
+    path, split = config.data.path, config.evaluate.split
+    hint = "config.data.holdout=N keeps N records of the training split for it"
+    for name in _held_out_names(config):
+        try:
+            splits = sources.split_names(name, path)
+        except UserError as problem:
+            return f"{problem}; {hint}"
+        if split not in splits:
+            return f"{name} in {path or 'the cache'} has no split {split!r}, it has {', '.join(splits)}; {hint}"
+        sources.open_source(name, path, split)  # what is damaged ends the run now, not after its last step
     return ""
 
 
