@@ -102,6 +102,7 @@ def _run(config, directory: Path) -> Summary:
     setup = make_setup(config, method, model_config, mesh, dtypes)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
     if (done := finished(checkpoints, config, directory)) is not None:
+        checkpoints.close()
         _teller(config)(f"finished: all {config.train.steps} steps are done; the results lie in {directory}")
         return Summary(config.train.steps, 0, 0, done)
     state, batches_state, extra, told = restore(checkpoints, setup, directory)
