@@ -23,6 +23,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+# A step for eight CPU devices that XLA loads from the cache can wait for ever in a collective where two processes run
+# such steps at once; one that is compiled does not (seen on jax 0.10.2). Each run of the tests compiles its own.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    for _kept in (CACHE / "xla").glob("jit_step-*"):
+        _kept.unlink(missing_ok=True)
+
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("latent_jax", "typechecker.checked")
