@@ -54,8 +54,8 @@ def run(config, directory: str | Path) -> Summary:
     last checkpoint they raise Stopped.
     """
     divide_cpu(config.mesh.cpu_devices)
-    enable_compile_cache()
     hosts.agree("config", comparable(config))
+    enable_compile_cache()
     with lock.only_writer(directory) if hosts.primary() else contextlib.nullcontext():
         return _run(config, Path(directory))
 

@@ -48,10 +48,12 @@ def enable_compile_cache() -> None:
     """Keeps compiled programs between processes, so that a resumed run starts where it left off, not with a compile.
 
     They lie in files.cache_directory()/xla, all but a CPU's training step (`compiler_options`). A cache that was chosen
-    for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a directory that cannot be made is done without.
+    for jax itself (JAX_COMPILATION_CACHE_DIR) stays; a directory that cannot be made is done without, and so is the
+    cache where a CPU shows several devices: a program of theirs that XLA loads, rather than compiles, can wait for ever
+    in a collective while another process runs one too (jax 0.10.2, five times of five). Starts jax's backend.
     """
     warnings.filterwarnings("ignore", message=".*Multiple temp buffer allocations")
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir or (jax.default_backend() == "cpu" and jax.local_device_count() > 1):
         return
     directory = files.cache_directory() / "xla"
     try:

@@ -13,7 +13,8 @@ from latent_jax.runtime import devices
 def configured(monkeypatch):
     """Gives a function that runs the set-up as if jax had no cache, and says which one it has then."""
 
-    def enable():
+    def enable(count=1):
+        monkeypatch.setattr(jax, "local_device_count", lambda: count)
         before = jax.config.jax_compilation_cache_dir
         jax.config.update("jax_compilation_cache_dir", None)
         try:
@@ -41,6 +42,12 @@ def test_a_directory_that_cannot_be_made_is_done_without(configured, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LATENT_JAX_CACHE", str(tmp_path / "file" / "below"))
     assert configured() is None
+
+
+def test_several_devices_of_a_cpu_compile_their_own(configured, monkeypatch, tmp_path):
+    """A loaded program with collectives between them may never end while another process runs one."""
+    monkeypatch.setenv("LATENT_JAX_CACHE", str(tmp_path))
+    assert configured(2) is None and configured(1) is not None
 
 
 def test_a_cache_chosen_for_jax_stays(monkeypatch, tmp_path):
