@@ -2,6 +2,7 @@
 
     python -m latent_jax.bench --what=parity [--model=DIR] [--dtype=float32] [--output=FILE]
     python -m latent_jax.bench --what=step|data|load|generate [--against=none] [--model=DIR | --width=1024 --layers=2]
+    python -m latent_jax.bench --what=checkpoint --against=none [--width=2048 --layers=9]
 
 `parity` compares a checkpoint layer by layer with stock transformers (torch, on the CPU) in fp32 and bf16, on a
 generated picture and on words alone. Run it first on real weights. Exit status: 0 equal, 1 different, 2 bad input.
@@ -9,7 +10,8 @@ generated picture and on words alone. Run it first on real weights. Exit status:
 The others time the same work done by us and by transformers, in turn, and print medians and their ratio: a training
 step, encoded images to patches, a checkpoint to arrays and back, a batch of answers. The same weights, examples and
 dtype (float32) on both sides; torch is given one thread and one a core, and the better counts. Every number is kept in
-runs/bench/WHAT.json, with versions, date and the machine's load.
+runs/bench/WHAT.json, with versions, date and the machine's load. `checkpoint` times a run's checkpoints, with checksums
+of their arrays and without.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
 
-TIMED = ("step", "data", "load", "generate")
+TIMED = ("step", "data", "load", "generate", "checkpoint")
 
 
 @command
@@ -58,7 +60,7 @@ def measure_time(options: argparse.Namespace) -> int:
             raise UserError(f"--{name}: got {getattr(options, name)}, expected at least 1")
     if options.layers and not options.width:
         raise UserError("--layers: expected --width beside it; a checkpoint has as many layers as it has")
-    if options.what != "load":
+    if options.what not in ("load", "checkpoint"):
         options.layers = options.layers or 2
     if options.examples not in ("captions", "questions", "mixed", "views"):
         raise UserError(f"--examples: got {options.examples!r}, expected captions, questions, mixed or views")

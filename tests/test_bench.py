@@ -131,6 +131,14 @@ def test_load_and_data(timed):
     assert numbers["patches"] == [74 * 54, 588] and "transformers" not in numbers
 
 
+def test_checkpoints_with_checksums_and_without(timed):
+    numbers, printed = timed("checkpoint", "--against=none", "--width=256", "--layers=1")
+    assert numbers["bytes"] > 3 * 4 * 3 * 256 * 1376  # the weights and two moments, in float32
+    for what in ("save", "restore"):
+        assert numbers[what]["with"]["GB_per_second"] > 0 and numbers[what]["without"]["GB_per_second"] > 0
+    assert set(numbers["held_seconds"]) == {"with", "without"} and "a save holds the loop" in printed
+
+
 def test_sides_take_turns():
     calls = []
     times = timing.alternate({name: lambda name=name: calls.append(name) for name in ("a", "b")}, 3, warm_up=2)
@@ -154,6 +162,7 @@ def test_bad_input_of_timed_ones(capsys):
         ("load", [f"--model={directory}", "--width=256"], "--model and --width"),
         ("data", ["--repeats=0"], "--repeats: got 0"),
         ("generate", ["--batch=0"], "--batch: got 0"),
+        ("checkpoint", [], "--against=none"),
         ("step", ["--examples=all"], "--examples: got 'all'"),
     ):
         with pytest.raises(SystemExit) as ended:
