@@ -8,6 +8,7 @@ With every step stand the checksums of its arrays (`runtime/checksums.py`), in `
 JSON item carries one of itself: what is read back is compared, so that a damaged disk is told and never trained on.
 """
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -38,6 +39,21 @@ def _raised_again(record: logging.LogRecord) -> bool:
 
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_raised_again)
+
+
+class _Patient(asyncio.SelectorEventLoop):
+    """Closes when all its tasks are done. Where one array cannot be read, Orbax leaves the others half read: their
+    coroutines and TensorStore's threads would complain at length of a loop that is gone."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (rest := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        super().close()
+
+
+class _PatientLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Patient()
 
 
 class Damaged(UserError):
@@ -233,6 +249,8 @@ class Checkpoints:
 @contextlib.contextmanager
 def _reading(path: Path):
     """Whatever a library says of files that it cannot make sense of is damage, and names where it was met."""
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientLoops())
     try:
         yield
     except UserError:
@@ -241,11 +259,13 @@ def _reading(path: Path):
         if isinstance(problem, MemoryError) or "RESOURCE_EXHAUSTED" in str(problem):
             raise
         raise Damaged(f"{path}: cannot be read back: {_first(problem)}") from None
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 def _first(problem: BaseException) -> str:
     """What an error says, in at most 200 characters of one line."""
-    said = one_line(problem) or type(problem).__name__
+    said = one_line(problem).partition(" See full TensorStore details")[0] or type(problem).__name__
     return said if len(said) <= 200 else said[:197] + "..."
 
 

@@ -143,3 +143,29 @@ def test_a_kill_during_a_save_leaves_only_whole_steps(tmp_path):
         checkpoints.save(before + 1, {"params": [jnp.zeros(2)]}, {})
         checkpoints.wait()
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+READER = """
+import sys
+from latent_jax.command import command
+from latent_jax.runtime.checkpoints import Checkpoints
+@command
+def main():
+    with Checkpoints(sys.argv[1], read_only=True) as checkpoints:
+        checkpoints.restore_item(1, "params")
+main()
+"""
+
+
+def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
+    """And nothing of the others, which Orbax was reading beside it and gave up."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {str(i): jax.random.normal(jax.random.key(i), (64, 64)) for i in range(12)}}, {})
+        checkpoints.wait()
+    file = max((tmp_path / "1" / "params").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    done = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: {tmp_path / '1' / 'params'}: cannot be read back")
+    assert "TensorStore details" not in lines[0]
