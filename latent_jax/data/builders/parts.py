@@ -96,17 +96,23 @@ def write(
     ):
 
         def make(index, repeated=frozenset()):
+            if stop.is_set():
+                raise _Stopped
             target = folder / f"{index:05}"
-            if repeated or not _finished(target, parts[index], redo_skipped):
-                _make(target, parts[index], read, tally.split, noun, repeated, progress, stop)
-            else:
-                progress(_sidecar(target)["records"])
+            try:
+                if repeated or not _finished(target, parts[index], redo_skipped):
+                    _make(target, parts[index], read, tally.split, noun, repeated, progress, stop)
+                else:
+                    progress(_sidecar(target)["records"])
+            except BaseException:
+                stop.set()  # here, where no other part can begin before
+                raise
 
         try:
             _wait([pool.submit(make, index) for index in range(len(parts))])
             repeated = _repeated([folder / f"{index:05}" for index in range(len(parts))])
             _wait([pool.submit(make, index, keys) for index, keys in repeated.items()])
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
