@@ -16,9 +16,11 @@ def injure(file: Path, draw: random.Random) -> str:
     content = file.read_bytes()
     able = [mutation for mutation in MUTATIONS if _fits(mutation, file, content)]
     mutation = draw.choice(able)
-    if mutation is delete:
+    if mutation in (delete, replace):
         file.unlink()
-        return "delete"
+        return (
+            "delete" if mutation is delete else _replaced(file, draw.choice(("directory", "pipe", "nowhere", "itself")))
+        )
     changed, told = mutation(content, draw)
     if changed == content:  # a range that was zero, two equal blocks: as it was is no injury
         changed, told = flip(content, draw)
@@ -70,6 +72,28 @@ def delete(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     raise AssertionError("injure deletes by itself: there is no content left")
 
 
+def replace(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    raise AssertionError("injure replaces by itself: what comes is no file")
+
+
+def _replaced(file: Path, kind: str) -> str:
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(file.name if kind == "itself" else "nowhere")
+    return f"replace by a {kind}" if kind in ("directory", "pipe") else f"replace by a link to {kind}"
+
+
+def encode(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    """As an editor on another system would save it."""
+    text, how = content.decode(), draw.choice(("utf-8-sig", "utf-16", "line ends"))
+    if how == "line ends":
+        return text.replace("\n", "\r\n").encode(), "lines end in carriage returns too"
+    return text.encode(how), f"encode as {how}"
+
+
 def value(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     """Another value somewhere in a JSON file, or in one line of a JSON-lines file."""
     lines = [content] if _is_json(content) else content.splitlines()
@@ -98,15 +122,17 @@ def drop(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     return json.dumps(document).encode(), f"drop {'.'.join(map(str, place))}"
 
 
-MUTATIONS: tuple[Callable, ...] = (flip, cut, empty, zero, delete, append, swap, duplicate, value, drop)
+MUTATIONS: tuple[Callable, ...] = (
+    flip, cut, empty, zero, delete, append, swap, duplicate, value, drop, replace, encode,
+)  # fmt: skip
 
 
 def _fits(mutation: Callable, file: Path, content: bytes) -> bool:
-    if mutation in (delete, append):
+    if mutation in (delete, append, replace):
         return True
     if mutation is swap:
         return len(content) >= 8
-    if mutation is duplicate:
+    if mutation in (duplicate, encode):
         return _is_text(content)
     if mutation is value:
         return _is_json(content) or (
@@ -118,7 +144,10 @@ def _fits(mutation: Callable, file: Path, content: bytes) -> bool:
 
 
 def _is_text(content: bytes) -> bool:
-    return bool(content) and b"\0" not in content[:4096]
+    try:
+        return bool(content) and "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_json(content: bytes) -> bool:
