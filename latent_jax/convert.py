@@ -5,6 +5,7 @@
 The output loads in stock transformers with no remote code. It keeps the source checkpoint's dtypes unless told.
 """
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:
     """Writes `output` from whichever of the three that `checkpoint` is. Raises UserError where it is none of them."""
     hf_export.check_replaceable(output)  # before anything large is read
-    path, (workdir, named) = Path(checkpoint).resolve(), named_step(checkpoint)
+    path, (workdir, named) = Path(os.path.realpath(checkpoint)), named_step(checkpoint)
     if named is not None:
         if step not in (None, named):
             raise UserError(f"--step={step}: --checkpoint={checkpoint} already names a step")

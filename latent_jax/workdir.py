@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 
 import jax
@@ -77,7 +78,7 @@ class Run:
 
 def named_step(path: str | Path) -> tuple[Path, int | None]:
     """(workdir, step) of a path WORKDIR/checkpoints/STEP; (the path, None) of any other."""
-    resolved = Path(path).resolve()
+    resolved = Path(os.path.realpath(path))
     if resolved.parent.name == CHECKPOINTS and resolved.name.isascii() and resolved.name.isdigit():
         return resolved.parent.parent, int(resolved.name)
     return Path(path), None

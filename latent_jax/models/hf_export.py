@@ -6,6 +6,7 @@ destination and renamed into place: a killed export leaves nothing half-written.
 
 import functools
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,11 +76,11 @@ def save(
       UserError: the destination is the source, or holds files that no export writes; a tensor has values that are not
         finite, as they are or in `dtype`; the source's kept files are damaged.
     """
-    directory = Path(directory).resolve()
+    directory = Path(os.path.realpath(directory))
     if params.keys() != hf_names.shapes(config).keys():
         wrong = sorted(params.keys() ^ hf_names.shapes(config).keys())
         raise ValueError(f"weights missing, or not of this model: {', '.join(wrong)}")
-    if source and Path(source).resolve() == directory:
+    if source and Path(os.path.realpath(source)) == directory:
         raise UserError(f"{directory}: the export would replace its own source; expected another directory")
     check_replaceable(directory)
     if source and (Path(source) / CHECKSUMS).exists():
@@ -112,7 +113,7 @@ def check_replaceable(directory: str | Path) -> None:
     """
     directory = Path(directory)
     if jax.process_index() == 0:
-        staging.recover(directory.resolve())
+        staging.recover(Path(os.path.realpath(directory)))
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file; expected a directory to write a checkpoint to")
     known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE, CHECKSUMS, CARD}

@@ -37,7 +37,7 @@ class Part:
 
     def made_from(self) -> str:
         """Changes whenever the part's files do."""
-        stamps = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
+        stamps = [(os.path.realpath(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr((self.label, self.size, stamps)).encode()).hexdigest()
 
 
