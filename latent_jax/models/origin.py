@@ -7,6 +7,7 @@ of every tensor; and a checksum of each of these, so that damage is noticed befo
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,7 +68,7 @@ def keep_origin(
     """
     if jax.process_index() != 0:
         return
-    source, destination = hf_io.resolve(source), Path(destination).resolve()
+    source, destination = hf_io.resolve(source), Path(os.path.realpath(destination))
     origin = Origin.of(source)
     with staged(destination) as partial:
         copy_files(source, partial, SMALL_FILES)
