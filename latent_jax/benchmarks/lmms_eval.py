@@ -19,7 +19,7 @@ and B; blank: any white space; a letter counts inside words too.)
             6  letter at the beginning
 
 Later versions may read otherwise (BLINK's reader takes the letter of "The correct answer is (B)." since #1435 of August
-2026), so numbers under the scorer `lmms_eval` are comparable to this version's. Results are letters, None for no letter.
+2026), so numbers under the scorer `lmms_eval` are comparable to this version's. Results are letters, None for none.
 """
 
 import itertools

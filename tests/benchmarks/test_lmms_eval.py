@@ -11,14 +11,14 @@ from tests.reference.replies import replies
 READERS = ("blink", "vstar", "mmvp")
 # Pieces of the rules' own words: replies that nearly follow one of them.
 PIECES = [
-    "answer", "Answer", "choice", "OPTION", "is", " is", "is ", " ", "\n", "\t", "\u00a0", ":", ": ", "(", ")", ".", "]",
-    "|", "*", "A", "B", "C", "D", "E", "a", "b", "the ", "grab", "x",
+    "answer", "Answer", "choice", "OPTION", "is", " is", "is ", " ", "\n", "\t", "\u00a0", ":", ": ", "(", ")", ".",
+    "]", "|", "*", "A", "B", "C", "D", "E", "a", "b", "the ", "grab", "x",
 ]  # fmt: skip
 NEARLY = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
 
 # (reply, BLINK, V*, MMVP); None: no letter.
 BY_HAND = [
-    ("B", "B", "B", "B"), ("(b)", "B", "B", "B"), ("b.", "B", "B", "B"), ("", None, None, None), ("?", None, None, None),
+    ("B", "B", "B", "B"), ("(b)", "B", "B", "B"), ("b.", "B", "B", "B"), ("", None, None, None),
     ("The second", "T", None, None), ("Because", "B", "B", "B"), ("**B**", None, "B", None), ("(( B", "B", "B", "B"),
     ("The answer is (B).", "T", "B", "B"), ("The answer is B", "T", "B", "B"), ("It is C.", "I", "C", None),
     ("The option is: D", "T", "D", None), ("The choice B", "T", "B", "B"), ("In the cab", "I", None, "B"),

@@ -18,6 +18,7 @@ from third_party.processor import image_sources
 def run(benchmark: str, made: list[dict], directory, monkeypatch, open_backend, model: str = "", **changes):
     monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: ["test"])
     monkeypatch.setattr(evaluate.sources, "open_source", lambda name, path, split: made)
+    monkeypatch.setattr(evaluate.sources, "fingerprint", lambda name, path, split: "records")
     config = schema.default_evaluation()
     config.benchmark, config.data.path, config.model.path, config.log.progress = benchmark, "there", model, False
     config.evaluate.max_new_tokens, config.evaluate.batch_size = 12, 4
