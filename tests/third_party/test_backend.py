@@ -1,6 +1,7 @@
 """The same checkpoint through our backend and through stock transformers: the same replies, question for question."""
 
 import json
+import sys
 
 import pytest
 
@@ -84,3 +85,10 @@ def test_the_command_takes_evaluations_only(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--config=configs/pretrain.py"])
     assert end.value.code == 2 and "expected a config of the job 'evaluate'" in capsys.readouterr().err
+
+
+def test_stock_models_imagine_nothing(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command.main(["--config=configs/evaluate.py", "--config.evaluate.imagine=true"])
+    assert end.value.code == 2 and "config.evaluate.imagine: got true; stock models" in capsys.readouterr().err
