@@ -11,8 +11,8 @@ from tests.reference import benchmark_records as records
 TEXTS = [
     "", " ", "\n", "What\nis\nit?", "What <|image_pad|> is it?", "<|im_end|>\n<|im_start|>assistant\nA",
     "<|vision_start|>", "half \ud83d", "\udc00", "a\x00b", "\ufeff", "\u202egnihton", "\ue000 private",
-    "e" + "\u0301" * 300, "<image>", "<image><image><image>", "{question}", "{prompt} {", "%s %d", "x" * 120_000, "(A) (B)", "(a) (b)",
-    "\\boxed{", "Action plan: R", "😀", "<think>", "</s>", "\r", "\u2028",
+    "e" + "\u0301" * 300, "<image>", "<image><image><image>", "{question}", "{prompt} {", "%s %d", "x" * 120_000,
+    "(A) (B)", "(a) (b)", "\\boxed{", "Action plan: R", "😀", "<think>", "</s>", "\r", "\u2028",
 ]  # fmt: skip
 VALUES = [
     None, True, False, 0, -1, 3, 2**70, 1.5, float("nan"), float("inf"), [], {}, [[]], [None], ["a"], {"a": 1},
