@@ -17,7 +17,7 @@ from latent_jax.benchmarks.estimates import Estimate, bootstrap, mean, present
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "GQA eval.py, replies as in LLaVA"
+ORIGINAL = "GQA eval.py, replies as in LLaVA c121f04"
 SPLITS = ("testdev", "validation", "test")
 EMBEDDED = "scenes_questions"
 PUBLISHED = {"testdev": 12_578}

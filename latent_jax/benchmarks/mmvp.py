@@ -15,7 +15,7 @@ from latent_jax.benchmarks.estimates import Estimate, mean, present
 from latent_jax.benchmarks.rows import Row, field
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "MMVP (a language model judges there; letters here)"
+ORIGINAL = "MMVP 7635005 (a language model judges there; letters here)"
 SPLITS = ("test", "train")
 EMBEDDED = ""
 PUBLISHED = {"test": 300, "train": 300}

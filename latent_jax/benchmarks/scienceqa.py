@@ -13,7 +13,7 @@ from latent_jax.benchmarks.letters import ALPHABET, MOST, offered
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA"
+ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA c121f04"
 SPLITS = ("test", "validation")
 EMBEDDED = "scenes_scienceqa"
 PUBLISHED = {"test": 4241}

@@ -12,7 +12,7 @@ from latent_jax.benchmarks.estimates import Estimate, mean
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "V* (likelihoods there; letters here)"
+ORIGINAL = "vstar 4ede664 (likelihoods there; letters here)"
 SPLITS = ("test",)
 EMBEDDED = ""
 PUBLISHED = {"test": 191}
