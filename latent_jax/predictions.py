@@ -14,6 +14,7 @@ from latent_jax.runtime import files
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
 _ENOUGH = 20  # scored questions, before a score near zero says something
+_UNSEALED = ("throughput", "git_commit", "checksum")
 _KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "skipped"}
 
 
@@ -127,8 +128,8 @@ def strange(found: dict, scored: Sequence[Row]) -> str:
 
 
 def sealed(found: dict) -> dict:
-    """What results.json holds, with a checksum of all but the speed: two equal evaluations have the same one."""
-    scores = {key: value for key, value in found.items() if key not in ("throughput", "checksum")}
+    """What results.json holds, with a checksum of all but speed and commit: two equal evaluations have the same one."""
+    scores = {key: value for key, value in found.items() if key not in _UNSEALED}
     return {**found, "checksum": files.checksum(json.dumps(scores, sort_keys=True))}
 
 

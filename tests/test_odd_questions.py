@@ -16,7 +16,7 @@ from tests.reference.odd_records import ODDITIES, image, odd
 from tests.test_evaluate import PIXELS, REPLIES, config, lines
 
 SEEDS = range(4)
-MORE = range(4, 40)
+MORE = range(4, 24)
 
 
 @functools.cache
