@@ -37,6 +37,51 @@ def known(path: str, directory: Path, earlier: dict | None, asks: bool) -> tuple
     return found, [f"{directory} has no checksum of its model: its earlier replies are taken for those of this one"]
 
 
+def check_head(config) -> None:
+    """Raises UserError where latents are asked of a model that has no head for them.
+
+    Before anything is loaded or downloaded, wherever that can be known; `load_ours` looks again.
+    """
+    if config.evaluate.imagine and has_head(config.model.path) is False:
+        raise no_head(config.model.path or "tiny_vl")
+
+
+def no_head(model: str) -> UserError:
+    return UserError(
+        f"config.evaluate.imagine: got true, but {model} has no latent head; expected a model of the method imagine"
+    )
+
+
+def has_head(path: str) -> bool | None:
+    """Has the model of `config.model.path` a latent head? None where only loading it can tell."""
+    from latent_jax import config as schema
+    from latent_jax.assets import TINY_VL
+    from latent_jax.models import hf_io
+    from latent_jax.workdir import CONFIG, is_workdir, named_step
+
+    workdir, step = named_step(path) if path else (path, None)
+    if path and (step is not None or is_workdir(path)):
+        return hasattr(schema.read(Path(workdir) / CONFIG)[0], "latent")
+    folder = Path(path or TINY_VL)
+    if folder.is_dir():
+        return (folder / hf_io.LATENT_WEIGHTS).is_file()
+    return _on_hub(path, hf_io.LATENT_WEIGHTS)
+
+
+def _on_hub(model: str, file: str) -> bool | None:
+    """Is the file part of a hub id's model? None where the hub does not say: loading it tells why."""
+    import huggingface_hub
+
+    try:
+        return (Path(huggingface_hub.snapshot_download(model, local_files_only=True)) / file).is_file()
+    except Exception:  # not in the cache, or no hub id at all: the hub raises its own, requests' and the file system's
+        pass
+    try:
+        return file in huggingface_hub.list_repo_files(model)
+    except Exception:
+        return None
+
+
 def checksum(path: str) -> dict:
     """{"sha256", "files", "step"}: of the names and bytes of all that is read of a model.
 

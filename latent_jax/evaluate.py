@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_jax import answering, predictions
-from latent_jax import config as schema
+from latent_jax import answering, begun, predictions
 from latent_jax.benchmarks import VERSION, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate
 from latent_jax.benchmarks.rows import Item, Row, conversation
 from latent_jax.data import sources
-from latent_jax.errors import Stopped, UserError
+from latent_jax.errors import Stopped, UserError, one_line
 from latent_jax.predictions import PREDICTIONS, RESULTS, Protocol
 from latent_jax.runtime import files, lock, preemption, provenance
 from latent_jax.runtime.progress import Progress
-from latent_jax.workdir import CONFIG
 
 _TOLD = 5  # skipped questions that are told of one by one; results.json has more
 _LISTED = 100
+_LONGEST = 300  # characters of what is said of one question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +45,8 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
     Resumes what lies there: no question is asked or scored twice. open_backend: config -> Backend; None = ours.
     Returns what results.json holds. Raises UserError for bad input.
     """
+    if open_backend is None:
+        answering.check_head(config)
     with lock.only_writer(directory):
         return _run(config, Path(directory), open_backend)
 
@@ -59,24 +60,26 @@ def _run(config, directory: Path, open_backend) -> dict:
     items, skipped = read_items(data, benchmark, config)
     extras = read_choices(config, benchmark, items)
     items = items[: config.evaluate.examples or None]
-    earlier = begun(config, directory)
+    kept, told = begun.read(config, directory)
     rows = predictions.resume(directory / PREDICTIONS, items, protocol)
     left = [item for item in items if item.id not in rows]
-    weights, said = answering.known(config.model.path, directory, earlier, bool(left))
     tokens = config.evaluate.max_new_tokens or answering.most_tokens(benchmark, config.evaluate.scorer)
-    settings, where = earlier and earlier["backend"], f"{data.name} {data.split}"
+    now = {"max_new_tokens": tokens, "data": sources.fingerprint(data.name, data.path, data.split)}
+    begun.check(config, directory, kept, now, len(rows), bool(left))
+    weights, said = answering.known(config.model.path, directory, kept, bool(left))
+    settings, where = kept and kept["backend"], f"{data.name} {data.split}"
 
     with (
         Progress(len(items), len(rows), config.log.progress, unit="question") as progress,
         preemption.watch("stopping after this batch") as stopped,
     ):
-        for note in [*notes(config, benchmark, data, items, skipped, len(rows)), *said]:
+        for note in [*notes(config, benchmark, data, items, skipped, len(rows)), *said, *(told if left else [])]:
             progress.say(note)
 
         # -------------------------------------------------------- asked of what
         if left or settings is None:
             backend = (open_backend or load_ours)(config)
-            begin(config, directory, backend, settings, {"weights": weights, "max_new_tokens": tokens})
+            begun.write(config, directory, backend.settings, kept, {"weights": weights, **now})
             settings = backend.settings
 
         # -------------------------------------------------------- what it replied
@@ -109,6 +112,7 @@ def _run(config, directory: Path, open_backend) -> dict:
     found = results(config, benchmark, data, settings, rows, report, skipped, tokens)
     found["weights"] = weights
     found["throughput"] = _throughput(directory, len(left), seconds)
+    found = predictions.sealed(found)
     if hasattr(benchmark, "submission"):
         name, content = benchmark.submission(rows)
         files.write_text(directory / name, json.dumps(content) + "\n")
@@ -161,7 +165,7 @@ def read_items(data: Asked, benchmark, config) -> tuple[list[Item], list[str]]:
         for question in record["questions"]:
             question = question if isinstance(question, dict) else {}
             name = question.get("id")
-            where = f"{data.name} {data.split}, record {record['key']}, question {_shown(name)}"
+            where = f"{data.name} {data.split}, record {_shown(record['key'])}, question {_shown(name)}"
             try:
                 if not isinstance(name, str) or not name:
                     raise ValueError("has no id")
@@ -172,8 +176,8 @@ def read_items(data: Asked, benchmark, config) -> tuple[list[Item], list[str]]:
             except UnicodeEncodeError:
                 skipped.append(f"{where}: its id holds half a character")
                 continue
-            except (ValueError, TypeError, KeyError) as problem:
-                skipped.append(f"{where}: {problem}")
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
+                skipped.append(f"{where}: {one_line(problem)[:_LONGEST] or type(problem).__name__}")
                 continue
             seen.add(name)
             cluster = benchmark.cluster(question, record["key"])
@@ -228,10 +232,7 @@ def load_ours(config) -> Backend:
     """The model of `config.model.path` behind the facade, with the config's pixel limits."""
     vlm = _load(config.model.path, None if config.model.dtype == "auto" else config.model.dtype)
     if config.evaluate.imagine and vlm.model.head is None:
-        raise UserError(
-            f"config.evaluate.imagine: got true, but {vlm.name} has no latent head; expected a model of "
-            "the method imagine"
-        )
+        raise answering.no_head(vlm.name)
     limits = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config.data, key))}
     codec = dataclasses.replace(vlm.codec, image=dataclasses.replace(vlm.codec.image, **limits))
     vlm = dataclasses.replace(vlm, codec=codec)
@@ -265,34 +266,6 @@ def _load(path: str, dtype: str | None):
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     return latent_jax.load(path, dtype=dtype)
-
-
-def begun(config, directory: Path) -> dict | None:
-    """What an earlier life of this workdir kept: the `backend`'s settings, and the `weights`; None for a new one.
-
-    Raises UserError where the config would change what was replied.
-    """
-    file = directory / CONFIG
-    if not file.exists():
-        return None
-    old, measured = schema.read(file)
-    schema.check_resume(old, config)
-    backend = measured.get("backend") if isinstance(measured, dict) else None
-    if not isinstance(backend, dict) or not {"min_pixels", "max_pixels"} <= backend.keys():
-        raise UserError(f"{file}: 'measured' has no 'backend' with its pixel limits; was it changed by hand?")
-    return measured
-
-
-def begin(config, directory: Path, backend: Backend, earlier: dict | None, kept: dict) -> None:
-    """Keeps config and backend in the workdir. Raises UserError where another backend began it."""
-    for key, value in (earlier or {}).items():
-        if backend.settings.get(key) != value:
-            raise UserError(
-                f"{directory}: was begun with {key} = {value!r}, now it is {backend.settings.get(key)!r}; use a new "
-                "--workdir"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    schema.write(config, directory / CONFIG, {"backend": backend.settings, **kept})
 
 
 def ask(items: Sequence[Item], spare: Sequence[Item], source, protocol: Protocol, backend: Backend, settings, tokens):
@@ -371,7 +344,7 @@ def _throughput(directory: Path, count: int, seconds: float) -> dict | None:
     if count:
         return {"items": count, "seconds": seconds, "items_per_second": count / seconds}
     try:
-        return files.read_json(directory / RESULTS).get("throughput")
+        return predictions.read_results(directory).get("throughput")
     except UserError:  # absent, or damaged: it is written anew
         return None
 
@@ -392,4 +365,4 @@ def table(found: dict, directory: Path) -> list[str]:
 
 
 def _shown(name: object) -> str:
-    return name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return name[:_LONGEST] if isinstance(name, str) and name.isprintable() else ascii(name)[:_LONGEST]

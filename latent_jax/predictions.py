@@ -14,6 +14,7 @@ from latent_jax.runtime import files
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
 _ENOUGH = 20  # scored questions, before a score near zero says something
+_UNSEALED = ("throughput", "git_commit", "checksum")
 _KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "skipped"}
 
 
@@ -126,6 +127,20 @@ def strange(found: dict, scored: Sequence[Row]) -> str:
     )
 
 
+def sealed(found: dict) -> dict:
+    """What results.json holds, with a checksum of all but speed and commit: two equal evaluations have the same one."""
+    scores = {key: value for key, value in found.items() if key not in _UNSEALED}
+    return {**found, "checksum": files.checksum(json.dumps(scores, sort_keys=True))}
+
+
+def read_results(directory: Path) -> dict:
+    """results.json, as it was written; earlier ones have no checksum. Raises UserError where it is damaged."""
+    found = files.read_json(directory / RESULTS, dict, "the results of an evaluation")
+    if found != sealed(found) and "checksum" in found:
+        raise UserError(f"{directory / RESULTS}: is not what the evaluation wrote (checksum); run it again")
+    return found
+
+
 def read(directory: Path) -> tuple[dict, list[dict]]:
     """(results.json, the lines of predictions.jsonl) of a finished evaluation. Raises UserError naming the file."""
     results = directory / RESULTS
@@ -134,7 +149,7 @@ def read(directory: Path) -> tuple[dict, list[dict]]:
         results.stat()
     except FileNotFoundError as missing:
         raise UserError(f"{missing.filename}: no such file; expected the workdir of a finished evaluation") from None
-    found = files.read_json(results, dict, "the results of an evaluation")
+    found = read_results(directory)
     if found.get("asked") != len(lines):
         raise UserError(
             f"{results}: is not of the {len(lines)} lines of {PREDICTIONS} beside it; finish the evaluation"

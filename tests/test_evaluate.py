@@ -48,6 +48,7 @@ def data(monkeypatch):
     def put(made: list[dict], splits=("testdev",)):
         monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: list(splits))
         monkeypatch.setattr(evaluate.sources, "open_source", lambda name, path, split: made)
+        monkeypatch.setattr(evaluate.sources, "fingerprint", lambda name, path, split: "records")
         return made
 
     return put
@@ -173,6 +174,7 @@ from tests.reference import benchmark_records as records
 
 evaluate.sources.split_names = lambda name, path: ["testdev"]
 evaluate.sources.open_source = lambda name, path, split: records.gqa(40)
+evaluate.sources.fingerprint = lambda name, path, split: "records"
 
 def answer(conversations, tokens):
     time.sleep(0.02)

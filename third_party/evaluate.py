@@ -19,6 +19,8 @@ def main(arguments: list[str]) -> None:
     config, workdir = command.parse(arguments)
     if config.job != "evaluate":
         raise UserError(f"config.job: got {config.job!r}; expected a config of the job 'evaluate'")
+    if config.evaluate.imagine:
+        raise UserError("config.evaluate.imagine: got true; stock models have no latents, use latent_jax.main")
     flags.FLAGS.mark_as_parsed()
     from latent_jax import evaluate
     from third_party.backend import open_backend

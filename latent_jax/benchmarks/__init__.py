@@ -21,5 +21,5 @@ and may declare `submission(rows)`: (file name, content) in the form that the of
 `check_choices(content, questions)`, a ValueError where a choices file is of other questions: `report` then takes it.
 """
 
-VERSION = 2
+VERSION = 3
 """Of the scorers, kept in every results file: raised whenever a prompt, a parser or a metric may give another value."""

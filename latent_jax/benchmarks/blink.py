@@ -54,7 +54,7 @@ HIDDEN = "hidden"
 def check(question: dict, images: int) -> None:
     field(question, "question", str)
     field(question, "prompt", str)
-    choices, right = texts(question, "choices", least=2), field(question, "answer", str)
+    choices, right = texts(question, "choices", 2, letters.MOST), field(question, "answer", str)
     if right != HIDDEN and right not in _names(choices):
         raise ValueError(f"its answer {right!r} is not one of {', '.join(_names(choices))}")
     if field(question, "sub_task", str) not in TASKS:

@@ -17,7 +17,7 @@ from latent_jax.benchmarks.estimates import Estimate, bootstrap, mean, present
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "GQA eval.py, replies as in LLaVA"
+ORIGINAL = "GQA eval.py, replies as in LLaVA c121f04"
 SPLITS = ("testdev", "validation", "test")
 EMBEDDED = "scenes_questions"
 PUBLISHED = {"testdev": 12_578}
@@ -36,7 +36,10 @@ def check(question: dict, images: int) -> None:
     field(question, "isBalanced", bool)
     if "choices" in question:
         check_choices({question["id"]: question["choices"]}, {question["id"]: question})
-    field(field(question, "types", dict), "structural", str)
+    types = field(question, "types", dict)
+    field(types, "structural", str)
+    if "choices" in question or "detailed" in types:  # only validity and plausibility read it
+        field(types, "detailed", str)
     field(field(question, "groups", dict), "global", (str, type(None)))
     texts(question, "entailed", least=0)
 
@@ -121,7 +124,7 @@ def _consistency(rows: Sequence[Row], balanced: Sequence[Row]) -> Estimate | Non
 
 def _belongs(row: Row, choices: Mapping[str, dict], kind: str) -> bool:
     # What two things have in common is asked of attributes, of which the choices file names only the values.
-    common = "Common" in row.item.question["types"]["detailed"]
+    common = "Common" in row.item.question["types"].get("detailed", "")
     return row.parsed in (("color", "material", "shape") if common else choices[row.item.id][kind])
 
 

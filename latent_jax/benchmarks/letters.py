@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST = len(ALPHABET)  # choices of a question: a further one has no letter
 _MARKED = re.compile(r"(?<!\w)\(([A-Za-z])\)(?!\w)")
 # '(A)' | 'A' on a line of its own; 'A.', 'A)' and 'A:' before a space or the end | 'B' before a space (A, I are words)
 _FIRST = re.compile(r"\(([A-Za-z])\)(?!\w)|([A-Za-z])(?:\Z|(?=\n)|[.):](?=\s|\Z))|([B-HJ-Z])(?=\s)")

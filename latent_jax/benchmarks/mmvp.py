@@ -15,7 +15,7 @@ from latent_jax.benchmarks.estimates import Estimate, mean, present
 from latent_jax.benchmarks.rows import Row, field
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "MMVP (a language model judges there; letters here)"
+ORIGINAL = "MMVP 7635005 (a language model judges there; letters here)"
 SPLITS = ("test", "train")
 EMBEDDED = ""
 PUBLISHED = {"test": 300, "train": 300}
@@ -25,13 +25,12 @@ PROMPT = {
     "official": f"{{question}} {{options}}\n{INSTRUCTION}",
     "lmms_eval": f"{{question}}\nA. {{option}}\nB. {{option}}\n{INSTRUCTION}",
 }
-_OPTION = re.compile(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|\Z)", re.DOTALL)
+_MARK = re.compile(r"\(([a-z])\)")
 
 
 def check(question: dict, images: int) -> None:
     field(question, "question", str)
-    names = [name for name, _ in _OPTION.findall(field(question, "options", str))]
-    if names != ["a", "b"]:
+    if _MARK.findall(field(question, "options", str)) != ["a", "b"]:
         raise ValueError(f"its options are {question['options']!r}, expected '(a) ... (b) ...'")
     if field(question, "answer", str) not in ("(a)", "(b)"):
         raise ValueError(f"its answer {question['answer']!r} is not one of (a), (b)")
@@ -85,4 +84,4 @@ def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimat
 
 
 def _options(question: dict) -> list[str]:
-    return [text for _, text in _OPTION.findall(question["options"])]
+    return [text.strip() for text in _MARK.split(question["options"])[2::2]]

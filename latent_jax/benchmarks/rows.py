@@ -71,11 +71,13 @@ def field(question: dict, name: str, kind: type | tuple[type, ...]):
     return question[name]
 
 
-def texts(question: dict, name: str, least: int = 1) -> list[str]:
+def texts(question: dict, name: str, least: int = 1, most: int | None = None) -> list[str]:
     """An official field that is a list of texts."""
     found = field(question, name, list)
     if len(found) < least or not all(isinstance(text, str) for text in found):
         raise ValueError(f"{name!r} is {found!r}, expected a list of at least {least} texts")
+    if most is not None and len(found) > most:
+        raise ValueError(f"{name!r} has {len(found)} texts, expected at most {most}")
     return found
 
 

@@ -1,19 +1,19 @@
 """ScienceQA (Lu et al., 2022): multiple choice with or without an image and a hint; the official report's nine numbers.
 
 `official`: the letter alone, "B. ..." or exactly one "The answer is B." (LLaVA's reading of the official pattern); what
-names no offered letter is wrong, where the official code draws one at random. `lmms_eval`: only the letter alone or
-"B...".
+names no offered letter is wrong, where the official code draws one at random. `lmms_eval`: only the letter alone, in
+either case, or "B....".
 """
 
 import re
 from collections.abc import Sequence
 
 from latent_jax.benchmarks.estimates import Estimate, mean, present
-from latent_jax.benchmarks.letters import ALPHABET, offered
+from latent_jax.benchmarks.letters import ALPHABET, MOST, offered
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA"
+ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA c121f04"
 SPLITS = ("test", "validation")
 EMBEDDED = "scenes_scienceqa"
 PUBLISHED = {"test": 4241}
@@ -24,13 +24,15 @@ PROMPT = dict.fromkeys(
 )
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 YOUNG, OLD = ({f"grade{n}" for n in grades} for grades in (range(1, 7), range(7, 13)))
-_PHRASE = re.compile(r"The answer is ([A-Z]).")
+_OPTIONS = "ABCDE"  # of the official code, however many a question has
+# Whatever stands behind the letter is part of the phrase: "The answer is AThe answer is AA" holds it once.
+_PHRASE = re.compile(r"The answer is (?P<letter>[A-Z])[^\n]")
 
 
 def check(question: dict, images: int) -> None:
     field(question, "question", str)
     field(question, "hint", str)
-    choices, place = texts(question, "choices", least=2), field(question, "answer", int)
+    choices, place = texts(question, "choices", 2, MOST), field(question, "answer", int)
     if not 0 <= place < len(choices):
         raise ValueError(f"its answer {place} is not one of the {len(choices)} choices")
     if field(question, "subject", str) not in SUBJECTS.values():
@@ -56,18 +58,15 @@ def answer(question: dict) -> str | None:
 
 
 def parse(reply: str, question: dict, scorer: str) -> str | None:
-    # lmms-eval compares the reply as it is, space and all.
-    said, names = reply if scorer == "lmms_eval" else reply.strip(), offered(len(question["choices"]))
-    if (
-        said[:1]
-        and said[0] in names
-        and (len(said) == 1 or said[1:].startswith("." if scorer == "lmms_eval" else ". "))
-    ):
-        return said[0]
+    said, names = reply.strip(), offered(len(question["choices"]))
     if scorer == "lmms_eval":
-        return None
-    found = _PHRASE.findall(said)
-    return found[0] if len(found) == 1 and found[0] in names else None
+        found = said.upper() if len(said) == 1 else said[:1] if said[1:2] == "." else ""
+    elif said[:1] in [*_OPTIONS, *names] and (len(said) == 1 or said[1:3] == ". "):
+        found = said[0]  # of a letter that is not offered the official code reads no further
+    else:
+        phrases = _PHRASE.findall(said)
+        found = phrases[0] if len(phrases) == 1 else ""
+    return found if found and found in names else None
 
 
 def correct(parsed: str | None, question: dict, scorer: str) -> bool:

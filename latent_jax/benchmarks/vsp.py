@@ -34,6 +34,8 @@ _IGNORED = str.maketrans("", "", "\"'\n.")
 
 def check(question: dict, images: int) -> None:
     field(question, "question", str)
+    if not isinstance(question.get("answer", ""), str | type(None)):
+        raise ValueError(f"'answer' is {question['answer']!r}, expected a text")
     board = texts(question, "map")
     cells = "".join(board)
     if len({len(row) for row in board}) != 1 or set(cells) - set("SFHG") or cells.count("S") != 1 or "G" not in cells:

@@ -12,7 +12,7 @@ from latent_jax.benchmarks.estimates import Estimate, mean
 from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
-ORIGINAL = "V* (likelihoods there; letters here)"
+ORIGINAL = "vstar 4ede664 (likelihoods there; letters here)"
 SPLITS = ("test",)
 EMBEDDED = ""
 PUBLISHED = {"test": 191}
@@ -27,7 +27,7 @@ PROMPT = {
 
 def check(question: dict, images: int) -> None:
     field(question, "question", str)
-    names = list(letters.offered(len(texts(question, "choices", least=2))))
+    names = list(letters.offered(len(texts(question, "choices", 2, letters.MOST))))
     if field(question, "answer", str) not in names:
         raise ValueError(f"its answer {question['answer']!r} is not one of {', '.join(names)}")
     if field(question, "category", str) not in CATEGORIES:

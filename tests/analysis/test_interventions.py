@@ -29,6 +29,7 @@ def data(monkeypatch):
     made = records.gqa(images=3, each=3)  # nine questions: a batch of eight and one alone
     monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: ["testdev"])
     monkeypatch.setattr(evaluate.sources, "open_source", lambda name, path, split: made)
+    monkeypatch.setattr(evaluate.sources, "fingerprint", lambda name, path, split: "records")
     return {q["question"]: q["answer"] for record in made for q in record["questions"]}
 
 

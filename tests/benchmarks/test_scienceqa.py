@@ -18,8 +18,9 @@ OFFICIAL = {
     "B": "B",
 }
 LMMS_EVAL = {
-    **dict.fromkeys(["A", "A.", "A..", "A. A.", "A. B.", "A.\nB.", "A. because", "A.because", "A.M. is earlier"], "A"),
-    "B": "B",
+    **dict.fromkeys(["A", "a", " A ", "A.", "A..", "A. A.", "A. B.", "A.\nB.", "A. because", "A.because"], "A"),
+    "A.M. is earlier": "A",
+    **dict.fromkeys(["B", "b", "\nB\n"], "B"),
 }
 
 
@@ -34,6 +35,34 @@ def test_as_the_reference_reads(reply, count, scorer):
     question = {"choices": CHOICES[:count]}
     place = scorers.scienceqa_letter(question, reply, scorer)
     assert scienceqa.parse(reply, question, scorer) == (None if place is None else scorers.LETTERS[place])
+
+
+PHRASES = ["The answer is ", "The answer is", "the answer is ", "A", "B", "C", "E", "AA", ".", ". ", " ", "\n", "F"]
+
+
+@given(st.lists(st.sampled_from(PHRASES), max_size=8).map("".join), st.integers(2, 5))
+def test_the_official_phrase_as_the_reference_reads(reply, count):
+    """Phrases that run into each other: what stands behind a letter is part of its phrase."""
+    question = {"choices": list("vwxyz")[:count]}
+    place = scorers.scienceqa_letter(question, reply, "official")
+    assert scienceqa.parse(reply, question, "official") == (None if place is None else scorers.LETTERS[place])
+
+
+@pytest.mark.parametrize(
+    ("reply", "count", "expected"),
+    [
+        ("The answer is AThe answer is AA", 4, "A"),
+        ("The answer is A", 4, None),
+        ("The answer is A\n", 4, None),
+        ("The answer is A. The answer is A.", 4, None),
+        ("C. The answer is A.", 4, "C"),
+        ("C. The answer is A.", 2, None),  # C is one of the official options, so nothing behind it is read
+        ("F. The answer is A.", 4, "A"),
+        ("A.", 4, None),
+    ],
+)
+def test_the_official_reading_by_hand(reply, count, expected):
+    assert scienceqa.parse(reply, {"choices": list("wxyz")[:count]}, "official") == expected
 
 
 def problem(rng: random.Random, number: int) -> dict:
@@ -71,6 +100,15 @@ def test_an_answer_outside_the_choices():
             scienceqa.check({**question, "answer": answer}, 0)
     with pytest.raises(ValueError, match="'answer' is True, expected an integer"):
         scienceqa.check({**question, "answer": True}, 0)
+
+
+def test_more_choices_than_letters():
+    question = {**problem(random.Random(0), 1), "choices": [str(n) for n in range(27)]}
+    with pytest.raises(ValueError, match="'choices' has 27 texts, expected at most 26"):
+        scienceqa.check(question, 0)
+    question["choices"].pop()
+    scienceqa.check(question, 0)
+    assert scienceqa.prompt(question, "official").splitlines()[-2] == "Z. 25"
 
 
 def test_the_official_results_file():

@@ -1,13 +1,14 @@
 """The benchmarks' rules once more, the slow obvious way: one character or one question at a time.
 
-No pattern matching, but for what lmms-eval itself reads with patterns.
+No pattern matching.
 
 Written from the rules, before the scorers were; every number is a Fraction (of 1, not percent).
 """
 
-import re
 from collections import Counter
 from fractions import Fraction
+
+from tests.reference import lmms_letters
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -139,34 +140,14 @@ def one_of_two_letters(reply: str, choices: list[str], scorer: str) -> int | Non
         marked = parenthesised(reply, len(choices))
         found = marked.pop() if len(marked) == 1 else None
     if scorer == "lmms_eval":
-        only = [letter for letter in reply.upper() if letter in "ABCD"]
-        patterns = LMMS_VSTAR if len(choices) > 2 else LMMS_MMVP
-        return as_lmms_eval_too(found, reply, patterns, only[0] if len(choices) > 2 and len(only) == 1 else "")
+        theirs = lmms_letters.vstar(reply) if len(choices) > 2 else lmms_letters.mmvp(reply)
+        return as_lmms_eval_too(found, theirs)
     return found
 
 
-def as_lmms_eval_too(place: int | None, reply: str, patterns: list[str], else_letter: str = "") -> int | None:
-    """The place where lmms-eval (75571cf) reads the same letter: its patterns in order, searched anywhere."""
-    found = [match[1] for pattern in patterns if (match := re.search(pattern, reply.strip().upper()))]
-    return place if place is not None and [LETTERS[place]] == (found or [else_letter])[:1] else None
-
-
-LMMS_BLINK = [r"^[\(\s]*([A-Z])[\)\.\s]*"]
-LMMS_VSTAR = [
-    r"^([A-D])\s*[\.)\]]*",
-    r"(?:THE\s+)?(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
-    r"\(([A-D])\)",
-    r"([A-D])\s*(?:\.|\)|\||\])",
-    r"(?:^|\s)([A-D])(?:\s|$)",
-]
-LMMS_MMVP = [
-    r"^\s*\(?([AB])\)?\.?\s*$",
-    r"^\s*\(?([AB])\)?[\.\s]",
-    r"ANSWER\s+IS\s+\(?([AB])\)?",
-    r"OPTION\s+\(?([AB])\)?",
-    r"\(?([AB])\)?(?:\s|$)",
-    r"^([AB])",
-]
+def as_lmms_eval_too(place: int | None, theirs: str) -> int | None:
+    """The place where lmms-eval reads the same letter."""
+    return place if place is not None and LETTERS[place] == theirs else None
 
 
 # ------------------------------------------------------------ GQA
@@ -231,15 +212,17 @@ def gqa(questions: dict[str, dict], replies: dict[str, str], scorer: str, choice
 
 
 def scienceqa_letter(question: dict, reply: str, scorer: str) -> int | None:
-    offered = LETTERS[: len(question["choices"])]
-    reply = reply.strip() if scorer == "official" else reply
-    said = None
+    offered, reply = LETTERS[: len(question["choices"])], reply.strip()
     if scorer == "lmms_eval":
-        if len(reply) == 1 or reply[1:2] == ".":
-            said = reply[:1]
-    elif len(reply) == 1 or (len(reply) >= 3 and reply[1:3] == ". "):
-        said = reply[:1]
-    if scorer == "official" and (said is None or said not in offered or said == ""):
+        if len(reply) == 1 and reply.isascii():
+            said = reply.upper()
+        else:
+            said = reply[0] if len(reply) >= 2 and reply[1] == "." else None
+    elif reply in list("ABCDE"):
+        said = reply
+    elif len(reply) >= 3 and reply[0] in "ABCDE" and reply[1:3] == ". ":
+        said = reply[0]
+    else:
         phrase, after, end = "The answer is ", [], 0
         for at in range(len(reply)):
             if at >= end and reply[at : at + len(phrase)] == phrase:
@@ -292,7 +275,7 @@ def blink_letter(question: dict, reply: str, scorer: str) -> int | None:
             if len(marked) == 1:
                 return marked.pop()
         return None
-    return as_lmms_eval_too(leading(reply, choices), reply, LMMS_BLINK)
+    return as_lmms_eval_too(leading(reply, choices), lmms_letters.blink(reply))
 
 
 def blink(rows: list[tuple[dict, str]], scorer: str) -> dict:

@@ -1,6 +1,7 @@
 """The same checkpoint through our backend and through stock transformers: the same replies, question for question."""
 
 import json
+import sys
 
 import pytest
 
@@ -18,6 +19,7 @@ from third_party.processor import image_sources
 def run(benchmark: str, made: list[dict], directory, monkeypatch, open_backend, model: str = "", **changes):
     monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: ["test"])
     monkeypatch.setattr(evaluate.sources, "open_source", lambda name, path, split: made)
+    monkeypatch.setattr(evaluate.sources, "fingerprint", lambda name, path, split: "records")
     config = schema.default_evaluation()
     config.benchmark, config.data.path, config.model.path, config.log.progress = benchmark, "there", model, False
     config.evaluate.max_new_tokens, config.evaluate.batch_size = 12, 4
@@ -83,3 +85,10 @@ def test_the_command_takes_evaluations_only(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--config=configs/pretrain.py"])
     assert end.value.code == 2 and "expected a config of the job 'evaluate'" in capsys.readouterr().err
+
+
+def test_stock_models_imagine_nothing(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command.main(["--config=configs/evaluate.py", "--config.evaluate.imagine=true"])
+    assert end.value.code == 2 and "config.evaluate.imagine: got true; stock models" in capsys.readouterr().err
