@@ -25,6 +25,8 @@ tiny_vl: $(STAMP)/run
 	$(RUN) -m latent_jax.main --config=configs/tiny_vl.py:questions --workdir=runs/tiny_vl_questions \
 	  --config.model.path=runs/tiny_vl_captions/hf
 	$(RUN) -m latent_jax.convert --checkpoint=runs/tiny_vl_questions --output=latent_jax/assets/tiny_vl
+	rm -f latent_jax/assets/tiny_vl/README.md
+	mv latent_jax/assets/tiny_vl/checksums.json latent_jax/assets/tiny_vl.checksums.json  # copies are there to be changed
 
 test: $(STAMP)/test
 	$(RUN) -m pytest

@@ -86,25 +86,24 @@ def checksum(path: str) -> dict:
     """{"sha256", "files", "step"}: of the names and bytes of all that is read of a model.
 
     An HF directory or hub id: weights, config, tokenizer, preprocessor, chat template and latent head. A workdir: the
-    newest checkpoint (`step`; None elsewhere) without the optimiser's state, and the same small files. The
+    named or newest checkpoint (`step`; None elsewhere) without the optimiser's state, and the same small files. The
     bytes, not times or names of folders: a copy is the same model. Some seconds for 16 GB that are in memory.
     """
     from latent_jax.assets import TINY_VL
-    from latent_jax.models import hf_io  # jax: only when a model is asked for
-    from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir
+    from latent_jax.models import hf_io, sums  # jax: only when a model is asked for
+    from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir, named_step
 
-    step = None
-    if path and is_workdir(path):
-        root = Path(path)
+    root, step = named_step(path) if path else (None, None)
+    if root and (step is not None or is_workdir(root)):
         steps = [int(folder.name) for folder in (root / CHECKPOINTS).iterdir() if folder.name.isdecimal()]
-        step = max(steps, default=None)
+        step = max(steps, default=None) if step is None else step
         folders = [root / ORIGIN, *([root / CHECKPOINTS / str(step)] if step is not None else [])]
         files = [file for folder in folders for file in folder.rglob("*")]
         files = [file for file in files if file.is_file()]
         files = [file for file in files if not {*file.relative_to(root).parts} & {*_UNREAD}]
     else:
         root = hf_io.resolve(path or TINY_VL)
-        files = [file for file in root.iterdir() if file.suffix in _KINDS and file.is_file()]
+        files = [file for file in root.iterdir() if file.suffix in _KINDS and file.is_file() and file.name != sums.FILE]
     files = sorted(file for file in files if file.name not in _UNREAD)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter's lock
         digests = list(pool.map(_digest, files))

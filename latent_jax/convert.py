@@ -6,15 +6,19 @@ The output loads in stock transformers with no remote code. It keeps the source 
 """
 
 import os
+import shlex
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from latent_jax.command import Parser, command
+from latent_jax import config as schema
+from latent_jax.command import Parser, command, say_line
+from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
+from latent_jax.models.origin import PROCESSORS
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.workdir import Run, card, is_workdir, named_step, split
+from latent_jax.workdir import CONFIG, Run, card, is_workdir, named_step, numbers, read_finished, split
 
 
 @command
@@ -49,7 +53,7 @@ def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str |
             raise UserError(f"--step={step}: --checkpoint={checkpoint} already names a step")
         export_workdir(workdir, output, named, dtype)
     elif is_workdir(path):
-        export_workdir(path, output, step, dtype)
+        export_workdir(Path(checkpoint), output, step, dtype)
     elif step is not None:
         raise UserError(f"--step={step}: {checkpoint} is no workdir (it has no checkpoints/), so it has no steps")
     else:
@@ -61,7 +65,7 @@ def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> Non
     checkpoint = hf_io.Checkpoint.open(source)
     config = from_json(checkpoint.directory / "config.json")
     weights = checkpoint.weights(config)
-    hf_export.save(
+    notes = hf_export.save(
         output,
         weights,
         config,
@@ -69,22 +73,54 @@ def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> Non
         dtype=dtype and jnp.dtype(dtype),
         keep_not_finite=dtype is None,
     )
+    for note in notes:
+        say_line(note)
 
 
 def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: str | None = None) -> None:
     """A training run's checkpoint (the newest, or `step`) as an HF checkpoint with its latent head beside it."""
     run = Run.of(workdir)
+    done, step = read_finished(workdir), run.newest() if step is None else step
+    limits, notes = pixel_limits(run)
     vlm, head = split(run.arrays(step))
     latent = (head, run.latent()) if head else None
-    hf_export.save(
+    found = numbers(done["report"]) if done.get("step") == step else {}
+    words = ["python", "-m", "latent_jax.convert", f"--checkpoint={workdir}", f"--step={step}", f"--output={output}"]
+    words += [f"--dtype={dtype}"] if dtype else []
+    commands = [line for line in (done.get("command"), shlex.join(words)) if line]
+    notes += hf_export.save(
         output,
         vlm,
         run.model_config,
         source=run.origin,
         dtype=dtype and jnp.dtype(dtype),
         latent=latent,
-        card=card(run.config, run.newest() if step is None else step, {}).text(bool(head)),
+        limits=limits,
+        card=card(run.config, step, found, "\n".join(commands), run.origin).text(bool(head)),
     )
+    for note in notes:
+        say_line(note)
+
+
+def pixel_limits(run: Run) -> tuple[dict[str, int], list[str]]:
+    """(limits of training that the export must state since the run's kept files do not, lines worth saying).
+
+    Runs of today keep theirs in hf_files; earlier ones had them in config.json alone, or nowhere.
+    """
+    if not any((run.origin / name).exists() for name in PROCESSORS):
+        return {}, []
+    kept, names = ImageSpec.from_directory(run.origin), ("min_pixels", "max_pixels")
+    known = schema.read_all(run.directory / CONFIG)["data"]
+    if any(name not in known for name in names):
+        stands = ", ".join(f"{name} {getattr(kept, name)}" for name in names)
+        return {}, [
+            f"{run.directory / CONFIG}: does not say at which pixel limits the run trained; the export keeps those of "
+            f"the checkpoint that it began with ({stands})"
+        ]
+    wanted = {name: getattr(run.config.data, name) for name in names}  # 0: the checkpoint's
+    limits = {name: value for name, value in wanted.items() if value not in (0, getattr(kept, name))}
+    stated = ", ".join(f"{name} {value}" for name, value in limits.items())
+    return limits, [f"the export states the pixel limits of training: {stated}"] if limits else []
 
 
 if __name__ == "__main__":

@@ -196,9 +196,10 @@ class Encoder:
 def _checksum(directory: Path) -> str:
     """SHA-256 of the vision tower's weights: names, dtypes, shapes and values, as the checkpoint stores them."""
     digest = hashlib.sha256()
-    tensors = hf_io.Checkpoint.open(directory).tensors
-    for name in sorted(name for name in tensors if name.startswith("visual.")):
-        tensor = tensors[name]
+    checkpoint = hf_io.Checkpoint.open(directory)
+    for name in sorted(name for name in checkpoint.tensors if name.startswith("visual.")):
+        checkpoint.check(name)
+        tensor = checkpoint.tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
     return digest.hexdigest()

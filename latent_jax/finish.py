@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -19,8 +18,7 @@ from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.state import Setup, TrainState
-
-FINISHED = "finished.json"  # in the workdir, once there is nothing left to do
+from latent_jax.workdir import FINISHED
 
 
 def finish(
@@ -29,7 +27,8 @@ def finish(
     """The HF export, what the method's report finds on held-out data, and the note that all of it is done."""
     if setup.config.checkpoint.export:
         asked.at_once("the export")
-        export(setup, state, directory)
+        for note in export(setup, state, directory):
+            progress.say(note)
         progress.say(f"HF checkpoint: {directory / 'hf'}")
     report = {}
     if getattr(setup.method, "REPORT", ""):
@@ -38,10 +37,11 @@ def finish(
         if (model := local_model(setup, state)) is not None:
             report = reporter.run(model, setup.config, codec, directory, progress.say)
             if report and setup.config.checkpoint.export:
-                hf_export.write_card(directory / "hf", card_text(setup, int(state.step), report))
+                hf_export.write_card(directory / "hf", card_text(setup, int(state.step), report, directory))
     if hosts.primary():
         done = {"step": int(state.step), "settings": _last_settings(setup.config), "report": report}
-        files.write_text(directory / FINISHED, json.dumps(done, indent=2) + "\n")
+        done |= {"command": _command()}
+        files.write_text(directory / FINISHED, files.as_json(files.sealed(done)))
     return report
 
 
@@ -57,7 +57,7 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
             f"expected at least {latest}, or a new --workdir"
         )
     try:
-        done = files.read_json(directory / FINISHED)
+        done = workdir.read_finished(directory)
         same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
     except (UserError, KeyError):  # not there, or damaged: then it is done again
         return None
@@ -86,29 +86,33 @@ def local_model(setup: Setup, state: TrainState) -> LatentVLM | None:
     return setup.build(state.trainable, state.frozen)
 
 
-def export(setup: Setup, state: TrainState, directory: Path) -> None:
-    """Writes WORKDIR/hf: a plain HF checkpoint, and the latent head beside it."""
+def export(setup: Setup, state: TrainState, directory: Path) -> list[str]:
+    """Writes WORKDIR/hf: a plain HF checkpoint, and the latent head beside it. Returns lines worth saying."""
     model = setup.config.model
     arrays = lora.merge({**state.trainable, **state.frozen}, model.lora_rank, model.lora_alpha)
     vlm, head = workdir.split(arrays)
     latent = getattr(setup.config, "latent", None)
-    hf_export.save(
+    return hf_export.save(
         directory / "hf",
         vlm,
         setup.model_config,
         source=directory / workdir.ORIGIN,
         latent=({p: hf_export.gather(a) for p, a in head.items()}, dataclasses.asdict(latent)) if head else None,
-        card=card_text(setup, int(state.step), {}),
+        card=card_text(setup, int(state.step), {}, directory),
     )
 
 
-def card_text(setup: Setup, step: int, report: dict) -> str:
+def card_text(setup: Setup, step: int, report: dict, directory: Path) -> str:
     """The export's README.md: what it was made from and by which command, and what the report found."""
-    numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
-    as_command = Path(sys.argv[0]).name == "main.py"
-    words = ["python", "-m", "latent_jax.main", *sys.argv[1:]] if as_command else []
     head = any(path.startswith("head.") for path in setup.structure.variables)
-    return workdir.card(setup.config, step, numbers, shlex.join(words)).text(head)
+    found = workdir.numbers(report)
+    return workdir.card(setup.config, step, found, _command(), directory / workdir.ORIGIN).text(head)
+
+
+def _command() -> str:
+    """By which this process trains, "" where it was not started by one."""
+    as_command = Path(sys.argv[0]).name == "main.py"
+    return shlex.join(["python", "-m", "latent_jax.main", *sys.argv[1:]]) if as_command else ""
 
 
 def look_ahead(config, method, directory: Path) -> list[str]:

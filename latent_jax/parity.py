@@ -8,7 +8,6 @@ each only the activations of two short prompts.
 import dataclasses
 import functools
 import gc
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import IMAGE_PAD, Codec
 from latent_jax.data.scenes import render, world
 from latent_jax.errors import UserError
+from latent_jax.measure import timing
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -86,8 +86,7 @@ class Comparison:
 
 def compare(model: str, dtypes: tuple[str, ...] = DTYPES, max_new_tokens: int = 16) -> list[Comparison]:
     """Every dtype and prompt. Raises UserError where torch is missing or `model` is no HF checkpoint."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("--what=parity: torch is not installed; pip install 'latent_jax[bench]'")
+    timing.need_torch("--what=parity")
     if model and is_workdir(model):
         raise UserError(f"{model}: a workdir; expected an HF checkpoint (python -m latent_jax.convert writes one)")
     directory = hf_io.resolve(model or TINY_VL)
@@ -208,7 +207,7 @@ def observe_ours(directory: Path, codec: Codec, dtype: str, max_new_tokens: int)
     )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
     model = structure.build(hf_io.load(directory, config, dtype=jnp.dtype(dtype)))
-    eos = eos_ids(directory, codec.tokenizer)
+    eos = eos_ids(directory, codec.tokenizer, config.text.vocab_size)
     found = {}
     # Accelerators multiply fp32 matrices in TF32 or bfloat16 unless told.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):

@@ -139,6 +139,7 @@ def model_shape(config) -> tuple[ModelConfig, jnp.dtype, int]:
     model = config.model
     directory = Path(model.path) if model.path else TINY_VL
     if (directory / "config.json").exists() and not (model.init == "random" and model.preset):
+        directory = hf_io.resolve(directory)
         file, processor = directory / "config.json", directory / "preprocessor_config.json"
         pixels = json.loads(processor.read_text()).get("max_pixels", 0) if processor.exists() else 0
         shape = from_json(file)

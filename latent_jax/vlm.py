@@ -181,7 +181,7 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
     else:
         origin = hf_io.resolve(path or TINY_VL)
         # Before the tokenizer: transformers reads the same config.json, and believes whatever sizes stand there.
-        from_json(origin / "config.json")
+        stated_eos(origin, from_json(origin / "config.json").text.vocab_size)
         codec = Codec.from_directory(origin)
         vlm = hf_io.load(origin, dtype=wanted)
         head, latent = hf_export.load_latent(origin) or ({}, None)
@@ -193,7 +193,8 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
     made = _head(head, section, config, origin, wanted) if head else None
     model = LatentVLM(structure.build(vlm), made)
     copies = tuple(jax.device_put(model.vlm, device) for device in devices or ())
-    return VLM(model, codec, section, eos_ids(origin, codec.tokenizer), str(path or "tiny_vl"), copies)
+    eos = eos_ids(origin, codec.tokenizer, config.text.vocab_size)
+    return VLM(model, codec, section, eos, str(path or "tiny_vl"), copies)
 
 
 def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Path, dtype) -> LatentHead:
@@ -229,16 +230,26 @@ def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Pat
     return structure.build({**placed, **statistics})
 
 
-def eos_ids(directory: Path, tokenizer) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's."""
+def eos_ids(directory: Path, tokenizer, rows: int) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's.
+
+    Raises UserError where one is no id of an embedding of so many rows: no reply could end by it.
+    """
+    if stated := stated_eos(directory, rows):
+        return stated
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
+    return (tokenizer.eos_token_id,)
+
+
+def stated_eos(directory: Path, rows: int) -> tuple[int, ...]:
+    """What the two config files say of it; () where neither does."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
         found = read_json(file).get("eos_token_id") if file.exists() else None
         if found is not None:
-            ids = check(f"{file}: eos_token_id", found, int | tuple[int, ...], dict(low=0, high=2**31 - 1))
+            ids = check(f"{file}: eos_token_id", found, int | tuple[int, ...], dict(low=0, high=rows - 1))
             if ids == ():
                 raise UserError(f"{file}: eos_token_id is empty, expected at least one id")
             return ids if isinstance(ids, tuple) else (ids,)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
-    return (tokenizer.eos_token_id,)
+    return ()

@@ -15,15 +15,16 @@ from latent_jax import config as schema
 from latent_jax.errors import UserError
 from latent_jax.models import lora
 from latent_jax.models.card import Card
-from latent_jax.models.origin import check_origin
+from latent_jax.models.origin import check_origin, kept_license
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.weights import Structure
-from latent_jax.runtime import provenance
+from latent_jax.runtime import files, provenance
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.state import new_model
 
 CHECKPOINTS, ORIGIN, CONFIG, PARAMETERS = "checkpoints", "hf_files", "config.json", "parameters.txt"
+FINISHED = "finished.json"  # once there is nothing left to do: at which step, and what the report found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,32 @@ def named_step(path: str | Path) -> tuple[Path, int | None]:
     return Path(path), None
 
 
-def card(config, steps: int, numbers: dict[str, float], command: str = "") -> Card:
-    """What an export's README.md tells of a run."""
+def read_finished(directory: Path) -> dict:
+    """What the run in `directory` noted at its end: {"step", "settings", "report", "command"}; {} before that.
+
+    Notes of earlier versions have no command. Raises UserError where it is damaged.
+    """
+    file = directory / FINISHED
+    if not file.exists():
+        return {}
+    try:
+        found = files.opened(files.read_json(file, expected="what a finished run found"))
+        if not isinstance(found["step"], int) or not isinstance(found["report"], dict):
+            raise ValueError("holds no step and report")
+        return found
+    except (ValueError, KeyError) as problem:
+        raise UserError(
+            f"{file}: damaged: {problem}; expected what the finished run found: run its command again, or remove it"
+        ) from None
+
+
+def numbers(report: dict) -> dict[str, float]:
+    """Of a report, what a card has a row for."""
+    return {name: value for name, value in report.items() if isinstance(value, int | float)}
+
+
+def card(config, steps: int, numbers: dict[str, float], command: str, origin: Path) -> Card:
+    """What an export's README.md tells of a run; `origin`: what the workdir keeps of the base model."""
     return Card(
         base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
         method=config.method,
@@ -94,6 +119,7 @@ def card(config, steps: int, numbers: dict[str, float], command: str = "") -> Ca
         command=command,
         numbers=numbers,
         versions=provenance.versions(),
+        license=kept_license(origin) if config.model.init == "checkpoint" else {},
     )
 
 

@@ -1,20 +1,27 @@
 """The convert command: round trips of HF directories, exports of workdirs, and bad input."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
 from latent_jax import config as schema
 from latent_jax import convert
+from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
+from latent_jax.models.card import stated_license
 from latent_jax.models.qwen2_5_vl import hf_names
+from latent_jax.runtime import files
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.workdir import CHECKPOINTS, CONFIG, ORIGIN, Run
+from latent_jax.workdir import CHECKPOINTS, CONFIG, FINISHED, ORIGIN, Run, card
 from tests.models import tiny_hf
+from tests.reference import small
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +139,178 @@ def test_a_step_that_is_not_there_is_named(workdir, tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):
         convert.convert(str(workdir), tmp_path / "out", step=15)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- what is said, and what the card tells
+
+
+def test_values_that_are_not_finite_are_kept_and_said(tmp_path, capsys):
+    source = tiny_hf.write(tmp_path / "hf", dtype=torch.bfloat16)
+    capsys.readouterr()  # what saving it said
+    names = ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "visual.merger.mlp.0.bias"]
+    for count, bad in ((0, []), (2, names[1:]), (3, names)):
+        tiny_hf.change(source, lambda tensors, bad=bad: [tensors[name].view(-1)[3:5].fill_(torch.nan) for name in bad])
+        run(f"--checkpoint={source}", f"--output={tmp_path / 'out'}")
+        said = capsys.readouterr().err
+        assert said.count("\n") == bool(count) and all(name in said for name in bad)
+        assert said.startswith("kept, though not finite (NaN or infinite): ") == bool(count)
+        assert tiny_hf.same_bits(tiny_hf.read(tmp_path / "out"), tiny_hf.read(source))
+    with pytest.raises(SystemExit):  # in another dtype it is a new checkpoint, and those are finite
+        run(f"--checkpoint={source}", f"--output={tmp_path / 'new'}", "--dtype=float32")
+    assert f"'{names[0]}' has values that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_head_that_is_not_finite_is_kept_and_said(tmp_path, capsys):
+    source = tiny_hf.write(tmp_path / "hf")
+    capsys.readouterr()  # what saving it said
+    head = {"slots": np.array([[1, np.inf]], np.float32), "scale": np.float32(2)}
+    hf_export.save_latent(source, head, {"grid": 1}, unsound := [])
+    assert unsound == ["slots"]
+    run(f"--checkpoint={source}", f"--output={tmp_path / 'out'}")
+    assert capsys.readouterr().err == "kept, though not finite (NaN or infinite): values of slots\n"
+    tensors, settings = hf_export.load_latent(tmp_path / "out")
+    assert settings == {"grid": 1}
+    np.testing.assert_array_equal(tensors["slots"], head["slots"])
+
+
+def test_many_tensors_are_counted(tmp_path, capsys):
+    source = tiny_hf.write(tmp_path / "hf")
+    capsys.readouterr()  # what saving it said
+    tiny_hf.change(source, lambda tensors: [tensor.view(-1)[:1].fill_(torch.inf) for tensor in tensors.values()])
+    run(f"--checkpoint={source}", f"--output={tmp_path / 'out'}")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(f" and {len(tiny_hf.read(source)) - 5} more\n")
+
+
+def test_a_readme_of_ones_own_is_kept_and_said(made, tmp_path, capsys):
+    run(f"--checkpoint={made}", f"--output={tmp_path / 'out'}")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "out" / "README.md").write_text("my own")
+    run(f"--checkpoint={made}", f"--output={tmp_path / 'out'}")
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'out' / 'README.md'}: your own, kept; remove it for ")
+    assert (tmp_path / "out" / "README.md").read_text() == "my own"
+
+
+LIMITS = dict(min_pixels=28 * 28 * 2, max_pixels=28 * 28 * 9)
+
+
+def small_run(directory, *, kept=None, data=LIMITS):
+    """A finished run of two steps, all weights zero. kept: limits in its hf_files; data: of its config."""
+    config = small.config(data=data)
+    schema.write(config, directory / CONFIG)
+    hf_export.keep_origin(small.directory(), directory / ORIGIN, **(kept or {}))
+    structure = Run.of(directory).structure
+    arrays = {path: jnp.zeros(structure.shape(path)) for path in structure.variables}
+    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"trainable": arrays}, {})
+    return directory
+
+
+def finish(directory, step, seal=files.sealed, **more):
+    done = {"step": step, "settings": {}, "report": {"recall": 0.25, "words": "none"}, **more}
+    (directory / FINISHED).write_text(json.dumps(seal(done)))
+
+
+def exported(workdir, output, *flags):
+    run(f"--checkpoint={workdir}", f"--output={output}", *flags)
+    spec = ImageSpec.from_directory(output)
+    hf_io.resolve(output)  # the checksums are those of what is there
+    return {"min_pixels": spec.min_pixels, "max_pixels": spec.max_pixels}
+
+
+def test_an_export_has_the_pixel_limits_of_training(tmp_path, capsys):
+    workdir = small_run(tmp_path / "run", kept=LIMITS)
+    assert exported(workdir, tmp_path / "out") == LIMITS
+    assert capsys.readouterr().err == ""
+
+
+def test_so_has_that_of_a_workdir_which_keeps_them_in_its_config_alone(tmp_path, capsys):
+    assert exported(small_run(tmp_path / "run"), tmp_path / "out") == LIMITS
+    stated = "min_pixels 1568, max_pixels 7056"
+    assert capsys.readouterr().err == f"the export states the pixel limits of training: {stated}\n"
+
+
+def test_a_workdir_that_never_knew_them_keeps_the_sources_and_says_so(tmp_path, capsys):
+    workdir = small_run(tmp_path / "run", data={})
+    spec = ImageSpec.from_directory(small.directory())
+    source = {"min_pixels": spec.min_pixels, "max_pixels": spec.max_pixels}
+    assert exported(workdir, tmp_path / "a") == source
+    assert capsys.readouterr().err == ""  # its config says that they are the checkpoint's
+    content = json.loads((workdir / CONFIG).read_text())
+    for key in LIMITS:
+        del content["data"][key]
+    del content["checksum"]
+    (workdir / CONFIG).write_text(json.dumps(content))
+    assert exported(workdir, tmp_path / "b") == source
+    said = capsys.readouterr().err
+    assert said.startswith(f"{workdir / CONFIG}: does not say at which pixel limits the run trained; the export keeps ")
+    assert said.count("\n") == 1 and f"max_pixels {spec.max_pixels}" in said
+
+
+def test_the_card_has_the_runs_command_and_numbers_at_its_last_step(tmp_path):
+    workdir = small_run(tmp_path / "run")
+    finish(workdir, 2, command="python -m latent_jax.main --config=x")
+    card = lambda: (tmp_path / "out" / "README.md").read_text()
+    exported(workdir, tmp_path / "out")
+    assert "| recall | 0.25 |" in card() and "words" not in card() and "2 steps" in card()
+    assert "```\npython -m latent_jax.main --config=x\npython -m latent_jax.convert --checkpoint=" in card()
+    exported(workdir, tmp_path / "out", "--step=1")
+    assert "recall" not in card() and "latent_jax.main" in card() and "--step=1" in card() and "1 steps" in card()
+    (workdir / FINISHED).unlink()
+    exported(workdir, tmp_path / "out")
+    assert "recall" not in card() and "```\npython -m latent_jax.convert" in card()
+
+
+def test_notes_of_an_earlier_version_are_read_and_damaged_ones_are_named(tmp_path, capsys):
+    workdir = small_run(tmp_path / "run")
+    finish(workdir, 2, seal=dict)
+    exported(workdir, tmp_path / "out")
+    assert "| recall | 0.25 |" in (tmp_path / "out" / "README.md").read_text()
+    finish(workdir, 2)
+    whole = (workdir / FINISHED).read_text()
+    for content in (whole.replace("0.25", "0.75"), "{}", "[]", whole[:-1], "", '{"step": "2", "report": {}}'):
+        (workdir / FINISHED).write_text(content)
+        with pytest.raises(SystemExit) as caught:
+            exported(workdir, tmp_path / "new")
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and said.startswith(f"error: {workdir / FINISHED}: ")
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("front", "license"),
+    [
+        ("---\nlicense: apache-2.0\ntags:\n- x\n---\n# A model\nlicense: no\n", {"license": "apache-2.0"}),
+        ("---\r\nlicense:  other \r\nlicense_name: 'x y'\r\n---\r\n", {"license": "other", "license_name": "x y"}),
+        ('---\nlicense: "a\\"b"\n---\n', {"license": 'a"b'}),
+        ("---\nlibrary_name: x\n---\nlicense: mit\n", {}),
+        ("# license: mit\n", {}),
+        ("---\nlicense:\n---\n", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_license_that_the_base_model_states(made, tmp_path, front, license):
+    source = tmp_path / "base"
+    shutil.copytree(made, source)
+    if front is not None:
+        (source / "README.md").write_bytes(front.encode())
+    hf_export.keep_origin(source, tmp_path / "hf_files")
+    text = card(small.config(model={"init": "checkpoint"}), 1, {}, "", tmp_path / "hf_files").text(False)
+    found = dict(line.split(": ", 1) for line in text.split("---\n")[1].splitlines())
+    assert {key: json.loads(value) for key, value in found.items() if key.startswith("license")} == license
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "README.md").write_text(text)
+    assert stated_license(tmp_path / "again") == license  # what is trained from the export states it too
+
+
+def test_a_license_in_config_json_is_taken_where_no_card_has_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"license": "mit"}')
+    assert stated_license(tmp_path) == {"license": "mit"}
+    (tmp_path / "README.md").write_text("---\nlicense: bsd\n---\n")
+    assert stated_license(tmp_path) == {"license": "bsd"}
+
+
+def test_random_weights_have_no_license():
+    assert "license" not in card(small.config(), 1, {}, "", small.directory()).text(False)

@@ -1,6 +1,7 @@
 """The first state: what is trained, in which dtype, where it lives, and what a saved latent head may be."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,59 @@ def test_a_saved_head_of_another_shape_is_an_error_not_a_new_head(checkpoint):
     bigger = setup(loaded_config(latent={"grid": 3}), dtypes=stored(checkpoint))
     with pytest.raises(UserError, match=r"latent head's slots is of shape \(4, 64\), expected shape \(9, 64\); set"):
         first_state(bigger, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("latent", "fault"),
+    [
+        ({"readout": "mean_text"}, "has readout 'slots', but config.latent.readout is 'mean_text'"),
+        ({"grid": 2, "space": "merged"}, ""),
+        ({"scale": "std", "captions": "first"}, ""),  # what the saved head does not depend on
+    ],
+)
+def test_a_saved_head_is_of_the_readout_and_space_that_the_run_asks_for(checkpoint, latent, fault):
+    ready = setup(loaded_config(latent=latent), dtypes=stored(checkpoint))
+    if not fault:
+        first_state(ready, checkpoint)
+        return
+    with pytest.raises(UserError, match=rf"latent_config\.json: the latent head {fault}; expected the same"):
+        first_state(ready, checkpoint)
+
+
+def test_check_head_compares_grid_space_and_readout():
+    saved = dataclasses.asdict(pretrain.Latent(grid=2))
+    pretrain.check_head(saved, pretrain.Latent(grid=2, width=7), "file")
+    for key, value in (("grid", 3), ("space", "encoder"), ("readout", "last_token")):
+        wanted = dataclasses.replace(pretrain.Latent(grid=2), **{key: value})
+        with pytest.raises(UserError, match=f"^file: the latent head has {key} "):
+            pretrain.check_head(saved, wanted, "file")
+    with pytest.raises(UserError, match="^file: method"):
+        pretrain.check_head({**saved, "method": "imagine"}, pretrain.Latent(grid=2), "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda head: head.pop("fc1"), r"the latent head's fc1 is missing, expected shape"),
+        (lambda head: head.update(mean=head["mean"][:-1]), r"the latent head's mean is of shape \(63,\), expected"),
+    ],
+)
+def test_a_saved_head_without_a_tensor_or_with_a_wrong_one_is_named(checkpoint, tmp_path, change, fault):
+    shutil.copytree(checkpoint, tmp_path / "hf")
+    tensors, latent = hf_export.load_latent(checkpoint)
+    head = {name: np.array(tensor) for name, tensor in tensors.items()}
+    change(head)
+    hf_export.save_latent(tmp_path / "hf", head, latent)
+    (tmp_path / "hf" / "checksums.json").unlink()  # changed on purpose
+    with pytest.raises(UserError, match=fault):
+        first_state(setup(loaded_config(), dtypes=stored(checkpoint)), tmp_path / "hf")
+
+
+def test_a_method_without_a_head_says_that_it_drops_one(checkpoint, capsys):
+    ready = setup(small.config("sft", model={"init": "checkpoint"}), dtypes=stored(checkpoint), method=sft)
+    state = first_state(ready, checkpoint)
+    assert not [path for path in {**state.trainable, **state.frozen} if path.startswith("head.")]
+    assert capsys.readouterr().err == f"{checkpoint}: its latent head is dropped; method sft has none\n"
 
 
 def test_weights_are_computed_in_the_chosen_dtype_but_statistics_and_scalars_in_fp32(made):

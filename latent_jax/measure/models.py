@@ -14,7 +14,7 @@ from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
 from latent_jax.measure import timing
-from latent_jax.models import hf_export, hf_io
+from latent_jax.models import hf_export, hf_io, sums
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
@@ -72,7 +72,7 @@ def _random(directory: Path, width: int, layers: int) -> Path:
         hidden_size=vision, num_heads=vision // 80, intermediate_size=round(vision * 2.672), out_hidden_size=width
     )
     hf_export.keep_origin(TINY_VL, directory)
-    for name in (hf_export.ORIGIN_FILE, hf_export.CHECKSUMS):  # neither dtypes nor bytes are those of TINY_VL
+    for name in (hf_export.ORIGIN_FILE, sums.FILE):  # neither dtypes nor bytes are those of TINY_VL
         (directory / name).unlink()
     (directory / "config.json").write_text(json.dumps(shape))
     config = from_json(directory / "config.json")

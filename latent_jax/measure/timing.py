@@ -78,9 +78,13 @@ def circumstances() -> dict:
     }
 
 
-def need_torch(what: str) -> None:
+def need_torch(asked: str) -> None:
+    """Raises UserError where torch is absent. The hint: a plain install of it may bring gigabytes of CUDA along."""
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"--what={what} --against=torch: torch is not installed; pip install 'latent_jax[bench]'")
+        raise UserError(
+            f"{asked}: torch is not installed; install its CPU build first, by the command that https://pytorch.org "
+            "gives for CPU, then pip install -c constraints.txt -e '.[bench]'"
+        )
 
 
 @contextlib.contextmanager

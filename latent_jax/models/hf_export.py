@@ -20,16 +20,17 @@ from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
 from latent_jax.fields import shown
-from latent_jax.models import hf_io, staging, tensor_files
+from latent_jax.models import hf_io, staging, sums, tensor_files
 from latent_jax.models.hf_io import INDEX_FILE, LATENT_CONFIG, LATENT_WEIGHTS, PIECE_BYTES, SINGLE_FILE, SMALL_FILES
-from latent_jax.models.origin import CHECKSUMS, ORIGIN_FILE, Origin, check_origin, copy_files, write_json
+from latent_jax.models.origin import ORIGIN_FILE, Origin, check_origin, copy_files, set_limits, write_json
 from latent_jax.models.origin import keep_origin as keep_origin
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.models.sums import CARD
 from latent_jax.runtime.files import read_bytes, read_json, whole
 
 MAX_SHARD_BYTES = 5_000_000_000
-CARD = "README.md"
+_NAMED = 5  # tensors that a line names, of those that are not finite
 CARD_MARK = "<!-- written by latent_jax; a rerun replaces this file. Remove this line to keep your own. -->"
 
 
@@ -56,9 +57,12 @@ def save(
     max_shard_bytes: int | None = None,
     latent: tuple[Mapping[str, np.ndarray], dict] | None = None,
     card: str | None = None,
+    limits: Mapping[str, int] | None = None,
     keep_not_finite: bool = False,
-) -> None:
+) -> list[str]:
     """Writes a checkpoint under published names. With many processes all of them call this; the first one writes.
+
+    Returns lines worth saying: what of the user's own was kept, and which values are not finite.
 
     Args:
       directory: where to; replaced whole if it is an earlier export, refused if it holds anything else.
@@ -70,6 +74,7 @@ def save(
       max_shard_bytes: the largest shard; without it one file where the source was one, else 5 GB.
       latent: tensors and config of what HF has no place for, see `save_latent`; without it the source's, if any.
       card: the README.md to write, see `card.text`. One of the user's own (without our mark) is kept in its place.
+      limits: min_pixels, max_pixels to state in place of the source's.
       keep_not_finite: for a copy: values that are NaN or infinite are written as the source has them.
 
     Raises:
@@ -83,16 +88,22 @@ def save(
     if source and Path(os.path.realpath(source)) == directory:
         raise UserError(f"{directory}: the export would replace its own source; expected another directory")
     check_replaceable(directory)
-    if source and (Path(source) / CHECKSUMS).exists():
+    if source and (Path(source) / ORIGIN_FILE).exists():
         check_origin(source)
-    own = _own_card(directory)
+    elif source:
+        sums.check(source)
+    own, unsound = _own_card(directory), [] if keep_not_finite else None
     origin = Origin.of(source) if source else None
     limit = max_shard_bytes or (math.inf if origin and origin.single_file else MAX_SHARD_BYTES)
     stated = _stated_dtype(Path(source)) if source and not origin else None
-    shards = _shards(_entries(params, config, origin, stated if dtype is None else dtype, keep_not_finite), limit)
+    shards = _shards(_entries(params, config, origin, stated if dtype is None else dtype, unsound), limit)
     if jax.process_index() == 0:
         with staging.staged(directory) as partial:
-            _write(partial, shards, Path(source) if source else None, dtype, latent)
+            written = _write(partial, shards, Path(source) if source else None, dtype, limits or {})
+            latent = latent or (load_latent(source) if source else None)
+            if latent:
+                written[LATENT_WEIGHTS] = save_latent(partial, *latent, unsound)
+            sums.write(partial, written)
             if own or card:
                 with whole(partial / CARD) as file:
                     file.write(own or f"{card}\n\n{CARD_MARK}\n".encode())
@@ -103,6 +114,11 @@ def save(
                     pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {directory}")
+    notes = [f"{directory / CARD}: your own, kept; remove it for the card that an export writes"] if own else []
+    if unsound:
+        more = f" and {len(unsound) - _NAMED} more" if len(unsound) > _NAMED else ""
+        notes.append(f"kept, though not finite (NaN or infinite): values of {', '.join(unsound[:_NAMED])}{more}")
+    return notes
 
 
 def check_replaceable(directory: str | Path) -> None:
@@ -116,7 +132,7 @@ def check_replaceable(directory: str | Path) -> None:
         staging.recover(Path(os.path.realpath(directory)))
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file; expected a directory to write a checkpoint to")
-    known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE, CHECKSUMS, CARD}
+    known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE, sums.FILE, CARD}
     for entry in sorted(directory.iterdir()) if directory.exists() else ():
         if entry.name not in known and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name):
             raise UserError(
@@ -139,56 +155,72 @@ def _own_card(directory: Path) -> bytes | None:
     return None if text is None or CARD_MARK.encode() in text else text
 
 
-def save_latent(directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict) -> None:
-    """Writes `latent_head.safetensors` and `latent_config.json` (any JSON) into an existing directory."""
+def save_latent(
+    directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict, unsound: list[str] | None = None
+) -> dict:
+    """Writes `latent_head.safetensors` and `latent_config.json` (any JSON) into an existing directory.
+
+    A tensor that is not finite goes into `unsound`; UserError where that is None. Returns the tensors' checksums, see
+    `tensor_files.write`.
+    """
     entries = {name: tensor_files.Entry.of(np.asarray(tensor)) for name, tensor in tensors.items()}
-    if wrong := [name for name, tensor in tensors.items() if not np.isfinite(np.asarray(tensor)).all()]:
+    wrong = [name for name, tensor in tensors.items() if not np.isfinite(np.asarray(tensor)).all()]
+    if wrong and unsound is None:
         raise UserError(f"the latent head's '{wrong[0]}' has values that are not finite; it is not exported")
-    tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)
+    if wrong:
+        unsound += wrong
+    written = tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)
     write_json(Path(directory) / LATENT_CONFIG, config)
+    return written
 
 
 def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """The inverse of `save_latent`; None where a checkpoint has neither file. UserError where it has only one."""
+    """The inverse of `save_latent`; None where a checkpoint has neither file. UserError where it has only one, or where
+    it is not what was written."""
     weights, config = Path(directory) / LATENT_WEIGHTS, Path(directory) / LATENT_CONFIG
+    written = sums.check(directory).get(LATENT_WEIGHTS)
     if not weights.exists() and not config.exists():
         return None
-    tensors = tensor_files.read(weights)
+    tensors = tensor_files.read(weights, written)
+    for name, tensor in tensors.items() if written else ():
+        sums.check_tensor(weights, name, tensor, written["tensors"].get(name))
     if not config.exists():
         raise UserError(f"{config}: no such file, but {LATENT_WEIGHTS} stands beside it")
     return tensors, read_json(config)
 
 
-def _write(directory: Path, shards: dict, source: Path | None, dtype: DTypeLike | None, latent: tuple | None) -> None:
+def _write(
+    directory: Path, shards: dict, source: Path | None, dtype: DTypeLike | None, limits: Mapping[str, int]
+) -> dict:
+    """Everything but the head, the card and the checksums, which are returned for the weights."""
     if source:
-        copy_files(source, directory, (*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG))
+        copy_files(source, directory, SMALL_FILES)
+    set_limits(directory, limits)
     if dtype is not None and (directory / "config.json").exists():
         _restate_dtype(directory / "config.json", jnp.dtype(dtype))
-    for file, entries in shards.items():
-        tensor_files.write(directory / file, entries)
+    written = {file: tensor_files.write(directory / file, entries) for file, entries in shards.items()}
     # Even of one file: without an index many clients read every *.safetensors, the latent head's too.
     write_json(directory / INDEX_FILE, _index(shards))
-    if latent is not None:
-        save_latent(directory, *latent)
+    return written
 
 
 def _entries(
-    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None, keep_not_finite: bool
+    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None, unsound: list[str] | None
 ) -> Iterator[tuple[str, tensor_files.Entry]]:
     for row, layer, name in hf_names.published(config):
         value = params[row.path]
         kept = origin.dtypes.get(name, value.dtype) if origin else value.dtype
         target = jnp.dtype(kept if dtype is None else dtype)
-        pieces = functools.partial(_pieces, value, row, layer, config, target, "" if keep_not_finite else name)
+        pieces = functools.partial(_pieces, value, row, layer, config, target, name, unsound)
         yield name, tensor_files.Entry(target, row.published_shape(config), pieces)
 
 
 def _pieces(
-    value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype, checked: str
+    value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype, name: str, unsound: list[str] | None
 ) -> Iterator[np.ndarray]:
     """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings).
 
-    `checked` names it where its values must be finite.
+    Where its values are not finite, its name goes into `unsound`; UserError where that is None.
     """
     if row.stacked:
         starts, step = [layer], 1
@@ -200,8 +232,10 @@ def _pieces(
     for start in starts:
         with np.errstate(over="ignore"):  # said below, with the tensor's name
             rows = host_rows(value, start, min(step, value.shape[0] - start)).astype(dtype, copy=False)
-        if checked and not np.isfinite(rows).all():
-            raise UserError(f"tensor '{checked}' has values that are not finite in {dtype}; it is not exported")
+        if not np.isfinite(rows).all():
+            if unsound is None:
+                raise UserError(f"tensor '{name}' has values that are not finite in {dtype}; it is not exported")
+            unsound += [name] if name not in unsound else []
         if row.stacked or row.ours != row.theirs:
             rows = row.to_published(rows[0] if row.stacked else rows, config)
         yield rows if rows.flags.c_contiguous else hf_io.copy_in_order(rows)

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from latent_jax.errors import UserError
 from latent_jax.fields import shown
-from latent_jax.models import tensor_files
+from latent_jax.models import sums, tensor_files
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.runtime.files import read_json
@@ -54,8 +54,15 @@ _COLUMNS = 8
 def resolve(model: str | Path) -> Path:
     """The checkpoint's directory. A hub id (`owner/name`) is downloaded, or found in the hub's cache.
 
-    Raises UserError if there is no such directory and no such model, or if the hub cannot be reached.
+    Raises UserError if there is no such directory and no such model, if the hub cannot be reached, or if a small file
+    is not the one that the folder's checksums tell of.
     """
+    directory = _located(model)
+    sums.check(directory)
+    return directory
+
+
+def _located(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
@@ -64,7 +71,7 @@ def resolve(model: str | Path) -> Path:
         raise UserError(f"{model}: {what}; expected a checkpoint directory or a hub id (Qwen/Qwen2.5-VL-3B-Instruct)")
     from huggingface_hub import snapshot_download  # heavy, and needed only here
 
-    patterns = [*SMALL_FILES, "*.safetensors", INDEX_FILE, LATENT_CONFIG]
+    patterns = [*SMALL_FILES, "*.safetensors", INDEX_FILE, LATENT_CONFIG, sums.FILE, sums.CARD]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as problem:  # the hub raises its own, requests' and the file system's
@@ -74,19 +81,22 @@ def resolve(model: str | Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened HF checkpoint: published name -> read-only view of its file's pages, and the file's name."""
+    """An opened HF checkpoint: published name -> read-only view of its file's pages, the file's name and, until the
+    tensor is first read, the checksum with which it was written (where one is known)."""
 
     directory: Path
     tensors: dict[str, np.ndarray]
     files: dict[str, str]
+    unread: dict[str, int]
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
         """Maps `model.safetensors`, or the shards that the index names. Raises UserError naming what is wrong."""
-        directory = resolve(directory)
-        tensors, files = {}, {}
+        directory = _located(directory)
+        known = sums.check(directory)
+        tensors, files, unread = {}, {}, {}
         for file, promised in _weight_files(directory).items():
-            found = tensor_files.read(directory / file)
+            found = tensor_files.read(directory / file, known.get(file))
             if missing := [name for name in promised if name not in found]:
                 raise UserError(
                     f"{directory / file}: tensor '{missing[0]}' is missing, {INDEX_FILE} says it is there"
@@ -97,7 +107,15 @@ class Checkpoint:
                 if name in tensors:
                     raise UserError(f"{directory / file}: tensor '{name}' is already in {files[name]}")
                 tensors[name], files[name] = tensor, file
-        return cls(directory, tensors, files)
+            written = known[file]["tensors"] if file in known else {}
+            unread |= {hf_names.normalise(name): crc for name, crc in written.items()}
+        return cls(directory, tensors, files, unread)
+
+    def check(self, name: str) -> None:
+        """Raises UserError where a tensor is not as it was written: to be called before one is read, compares once."""
+        if name in self.unread:
+            sums.check_tensor(self.directory / self.files[name], name, self.tensors[name], self.unread[name])
+            self.unread.pop(name, None)
 
     def weights(self, config: Config) -> dict[str, "FileWeight"]:
         """Our path -> weight. Raises UserError naming the first missing, unexpected or misshapen tensor.
@@ -108,6 +126,8 @@ class Checkpoint:
         tensors = dict(self.tensors)
         expected = hf_names.published_shapes(config)
         if "lm_head.weight" in tensors and "lm_head.weight" not in expected:
+            self.check("lm_head.weight")
+            self.check("model.embed_tokens.weight")
             head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
             if embedding is None or not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
                 raise UserError(
@@ -128,7 +148,7 @@ class Checkpoint:
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise UserError(f"{where} has dtype {tensor.dtype}, expected float32, float16 or bfloat16")
         return {
-            row.path: FileWeight([tensors[name] for name in row.names(config)], row, config)
+            row.path: FileWeight({name: tensors[name] for name in row.names(config)}, row, config, self.check)
             for row in hf_names.weights(config)
         }
 
@@ -136,16 +156,23 @@ class Checkpoint:
 class FileWeight:
     """One weight in our layout, still in its files: an index reads just that part.
 
+    Args:
+      tensors: of every layer, by published name.
+      check: called with a tensor's name before it is read.
+
     Attributes:
       shape: ours, layers stacked.
       dtype: the tensors' own; where layers differ, the one that holds them all without loss.
     """
 
-    def __init__(self, tensors: list[np.ndarray], row: hf_names.Weight, config: Config):
-        self._layers = [row.to_ours(tensor, config) for tensor in tensors]
+    def __init__(
+        self, tensors: dict[str, np.ndarray], row: hf_names.Weight, config: Config, check: Callable[[str], None]
+    ):
+        self._layers = [row.to_ours(tensor, config) for tensor in tensors.values()]
+        self._names, self._check = list(tensors), check
         self._stacked = row.stacked
         self.shape: tuple[int, ...] = row.shape(config)
-        self.dtype = functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors})
+        self.dtype = functools.reduce(jnp.promote_types, {tensor.dtype for tensor in tensors.values()})
 
     def __getitem__(self, index: tuple[slice, ...] | slice) -> np.ndarray:
         return self.read(index, self.dtype)
@@ -153,6 +180,8 @@ class FileWeight:
     def read(self, index: tuple[slice, ...] | slice, dtype: np.dtype) -> np.ndarray:
         """The indexed part as a new C-ordered array of the given dtype (rounded to nearest even where it narrows)."""
         index = index if isinstance(index, tuple) else (index,)
+        for name in self._names[index[0]] if self._stacked else self._names:
+            self._check(name)
         if not self._stacked:
             return copy_in_order(self._layers[0][index]).astype(dtype, copy=False)
         layers = [layer[index[1:]] for layer in self._layers[index[0]]]

@@ -5,8 +5,6 @@ of every tensor; and a checksum of each of these, so that damage is noticed befo
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax.errors import UserError
-from latent_jax.models import hf_io
+from latent_jax.models import hf_io, sums
+from latent_jax.models.card import LICENSE_KEYS, stated_license
 from latent_jax.models.hf_io import INDEX_FILE, SINGLE_FILE, SMALL_FILES
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.staging import staged
-from latent_jax.runtime.files import read_bytes, read_json, write_text
+from latent_jax.runtime.files import as_json, read_json, write_text
 
 # In a workdir: dtype and file of every tensor of the checkpoint that the run started from.
 ORIGIN_FILE = "tensors.json"
-CHECKSUMS = "checksums.json"  # file name -> SHA-256
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of images: pixel limits and more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +74,20 @@ def keep_origin(
         if shape:
             write_text(partial / "config.json", Path(shape).read_text())
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        _set_limits(partial, {key: value for key, value in limits.items() if value})
+        set_limits(partial, {key: value for key, value in limits.items() if value})
         if origin:
             dtypes = {name: str(dtype) for name, dtype in origin.dtypes.items()}
-            write_json(partial / ORIGIN_FILE, {"single_file": origin.single_file, "dtypes": dtypes})
-        write_json(partial / CHECKSUMS, {file.name: _checksum(file) for file in sorted(partial.iterdir())})
+            record = {"single_file": origin.single_file, "dtypes": dtypes, "license": stated_license(source)}
+            write_json(partial / ORIGIN_FILE, record)
+        sums.write(partial)
+
+
+def kept_license(directory: str | Path) -> dict[str, str]:
+    """What `keep_origin` found of the base model's license; {} where it states none, or an earlier version kept it."""
+    file = Path(directory) / ORIGIN_FILE
+    found = read_json(file).get("license") if file.exists() else None
+    found = found if isinstance(found, dict) else {}
+    return {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
 
 
 def check_origin(directory: str | Path) -> None:
@@ -88,17 +96,12 @@ def check_origin(directory: str | Path) -> None:
     A workdir of an earlier version has no checksums: there the JSON files must be whole.
     """
     directory = Path(directory)
-    if not (directory / CHECKSUMS).exists():
+    if not (directory / sums.FILE).exists():
         from_json(directory / "config.json")
         for file in sorted(directory.glob("*.json")):
             read_json(file)
         return
-    for name, checksum in read_json(directory / CHECKSUMS).items():
-        file, remedy = directory / name, "expected what the run began with; restore it from the run's model.path"
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {remedy}")
-        if _checksum(file) != checksum:
-            raise UserError(f"{file}: changed or damaged since it was kept (its checksum differs); {remedy}")
+    sums.check(directory, "expected what the run began with; restore it from the run's model.path")
 
 
 def copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
@@ -108,17 +111,13 @@ def copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, as_json(value))
 
 
-def _checksum(file: Path) -> str:
-    return hashlib.sha256(read_bytes(file)).hexdigest()
-
-
-def _set_limits(directory: Path, limits: dict[str, int]) -> None:
+def set_limits(directory: Path, limits: dict[str, int]) -> None:
     """Pixel limits under every key by which an image processor finds them: newer ones are called sizes of edges."""
     edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSORS:
         file = directory / name
         if not limits or not file.exists():
             continue

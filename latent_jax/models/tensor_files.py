@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from latent_jax.errors import UserError
+from latent_jax.models import sums
+from latent_jax.runtime.files import checksum
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -49,14 +51,15 @@ class Entry:
         return cls(array.dtype, array.shape, lambda: [array])
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read(path: Path, written: Mapping | None = None) -> dict[str, np.ndarray]:
     """Name -> read-only view of the file's pages, in the order of the header.
 
+    `written`: what `write` returned of this file; its header is compared. Tensors are read later: sums.check_tensor.
     As strict as the reference implementation: the tensors cover the file's bytes after the header, each byte once.
     Raises UserError naming the file (and the tensor) if it is missing, truncated, damaged or of an unknown dtype.
     """
     path = Path(path)
-    header, start = _read_header(path)
+    header, start = _read_header(path, written and written["header"])
     size = path.stat().st_size
     dtypes = {name: _dtype(path, name, entry) for name, entry in header.items()}
     expected = start + _covered(path, header, dtypes)
@@ -79,8 +82,11 @@ def in_order(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def write(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Writes the tensors to a new file, header first, in falling item size (which keeps every one of them aligned)."""
+def write(path: Path, entries: Mapping[str, Entry]) -> dict:
+    """Writes the tensors to a new file, header first, in falling item size (which keeps every one of them aligned).
+
+    Returns their checksums as a folder keeps them: {"header": of the header, "tensors": {name: CRC-32}}.
+    """
     entries = in_order(entries)
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # "format" is what transformers asks for
     for name, entry in entries.items():
@@ -92,22 +98,27 @@ def write(path: Path, entries: Mapping[str, Entry]) -> None:
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    found = {"header": checksum(text), "tensors": {}}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
-            before = file.tell()
+            before, crc = file.tell(), 0
             for piece in entry.pieces():
                 if piece.dtype != entry.dtype:
                     raise TypeError(f"{name}: a piece is {piece.dtype}, announced as {entry.dtype}")
-                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                piece = np.ascontiguousarray(piece)
+                file.write(piece.reshape(-1).view(np.uint8))
+                crc = sums.of_tensor(piece, crc)
             if file.tell() - before != entry.nbytes:
                 raise ValueError(f"{name}: {file.tell() - before} bytes came, {entry.nbytes} were announced")
+            found["tensors"][name] = crc
     os.replace(partial, path)
+    return found
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
-    """The header without its metadata, and the offset at which the tensors start."""
+def _read_header(path: Path, written: str | None) -> tuple[dict, int]:
+    """The header without its metadata, and the offset at which the tensors start. `written`: its checksum, if known."""
     try:
         # O_NONBLOCK: opening a FIFO that nobody writes to must not wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -123,6 +134,8 @@ def _read_header(path: Path) -> tuple[dict, int]:
                     "or not a safetensors file"
                 )
             text = file.read(length)
+            if written is not None and checksum(text) != written:
+                raise sums.damaged(path, sums.remedy(path.parent), "its header is ")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a safetensors file") from None
     except OSError as problem:

@@ -11,7 +11,6 @@ JSON item carries one of itself: what is read back is compared, so that a damage
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
@@ -27,7 +26,7 @@ from latent_jax.errors import UserError, one_line, os_error
 from latent_jax.runtime import checksums, files
 
 _JSON_ITEMS = ("iterator", "extra")
-_ARRAYS, _CONTENT, _SUM = "array_checksums", "content", "checksum"
+_ARRAYS = "array_checksums"
 DAMAGED = "damaged_checkpoints"
 
 
@@ -120,7 +119,7 @@ class Checkpoints:
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
         extra = {**extra, _ARRAYS: dict(sums) if sums is not None else {n: checksums.of(t) for n, t in state.items()}}
-        documents = {"iterator": _sealed(iterator_state), "extra": _sealed(extra)}
+        documents = {"iterator": files.sealed(iterator_state), "extra": files.sealed(extra)}
         documents = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
         with self._writing():
             return self._manager.save(step, args=ocp.args.Composite(**items, **documents), force=True)
@@ -239,7 +238,7 @@ class Checkpoints:
     def _document(self, step: int, name: str) -> dict:
         file = self._item(step, name) / "metadata"
         try:
-            return _opened(files.read_json(file))
+            return files.opened(files.read_json(file))
         except ValueError as problem:
             raise Damaged(f"{file}: {problem}") from None
         except UserError as problem:
@@ -279,23 +278,6 @@ def _of_the_disk(problem: BaseException | None) -> str:
             return said[0]
         problem = problem.__cause__ or problem.__context__
     return ""
-
-
-def _sealed(content: Mapping) -> dict:
-    """A JSON document and its own checksum."""
-    content = json.loads(json.dumps(dict(content)))  # as it will be read back
-    return {_CONTENT: content, _SUM: files.checksum(json.dumps(content, sort_keys=True))}
-
-
-def _opened(document: dict) -> dict:
-    """What `_sealed` took. Raises ValueError where it is damaged; documents of earlier versions are not sealed."""
-    if set(document) != {_CONTENT, _SUM}:
-        if _SUM in document or _CONTENT in document:
-            raise ValueError("is not what was saved (no checksum)")
-        return document
-    if files.checksum(json.dumps(document[_CONTENT], sort_keys=True)) != document[_SUM]:
-        raise ValueError("is not what was saved (checksum)")
-    return document[_CONTENT]
 
 
 def _own(extra: dict) -> dict:

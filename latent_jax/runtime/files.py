@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from latent_jax.errors import UserError, os_error
 # larger (GQA's scene graphs), and their readers say so.
 MOST_JSON = 64 * 2**20
 PARTIAL = ".partial"  # ends the temporary name of a file that is being written
+_CONTENT, _SUM = "content", "checksum"
 
 
 def cache_directory() -> Path:
@@ -118,6 +119,30 @@ def checksum(data: bytes | str) -> str:
     """A short checksum of a small document that is read back: damage is noticed, nothing is kept secret."""
     data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def as_json(value) -> str:
+    """A JSON document for people too."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def sealed(content: Mapping) -> dict:
+    """A JSON document and its own checksum."""
+    content = json.loads(json.dumps(dict(content)))  # as it will be read back
+    return {_CONTENT: content, _SUM: checksum(json.dumps(content, sort_keys=True))}
+
+
+def opened(document: dict) -> dict:
+    """What `sealed` took. Raises ValueError where it is damaged; documents of earlier versions are not sealed."""
+    if set(document) != {_CONTENT, _SUM}:
+        if _SUM in document or _CONTENT in document:
+            raise ValueError("is not what was saved (no checksum)")
+        return document
+    if checksum(json.dumps(document[_CONTENT], sort_keys=True)) != document[_SUM]:
+        raise ValueError("is not what was saved (checksum)")
+    if not isinstance(document[_CONTENT], dict):
+        raise ValueError("holds no object")
+    return document[_CONTENT]
 
 
 def _umask() -> int:

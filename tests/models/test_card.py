@@ -15,7 +15,7 @@ def test_the_front_matter_is_yaml():
     front = yaml.safe_load(CARD.text(True).split("---\n")[1])
     assert front["base_model"] == "Qwen/Qwen2.5-VL-3B-Instruct" and front["library_name"] == "transformers"
     assert "latent_jax.load" in CARD.text(True) and "latent_jax.load" not in CARD.text(False)
-    odd = Card('a"b: [\n', "sft", "x", 1, license='c"d\n- e')
+    odd = Card('a"b: [\n', "sft", "x", 1, license={"license": 'c"d\n- e'})
     assert yaml.safe_load(odd.text(False).split("---\n")[1])["license"] == 'c"d - e'
 
 

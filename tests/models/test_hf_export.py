@@ -197,6 +197,7 @@ def test_an_earlier_export_is_replaced_whole(made, tmp_path):
         "generation_config.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "checksums.json",
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
 

@@ -7,7 +7,8 @@ import pytest
 
 from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
-from latent_jax.models.origin import CHECKSUMS, check_origin, keep_origin
+from latent_jax.models import sums
+from latent_jax.models.origin import check_origin, keep_origin
 from tests.reference import small
 
 
@@ -27,7 +28,7 @@ DAMAGE = {
     "tokenizer.json cut": ("tokenizer.json", lambda file: file.write_bytes(file.read_bytes()[:5000])),
     "one bit": ("preprocessor_config.json", lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]))),
     "emptied": ("merges.txt", lambda file: file.write_bytes(b"")),
-    "checksums": (CHECKSUMS, lambda file: file.write_bytes(b"{")),
+    "checksums": (sums.FILE, lambda file: file.write_bytes(b"{")),
 }
 
 
@@ -40,7 +41,7 @@ def test_a_file_that_changed_is_named(kept, name, damage):
 
 
 def test_a_workdir_of_an_earlier_version_has_no_checksums(kept):
-    (kept / CHECKSUMS).unlink()
+    (kept / sums.FILE).unlink()
     check_origin(kept)
     (kept / "config.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"config\.json"):
