@@ -97,10 +97,16 @@ def write(
 
         def make(index, repeated=frozenset()):
             target = folder / f"{index:05}"
-            if repeated or not _finished(target, parts[index], redo_skipped):
-                _make(target, parts[index], read, tally.split, noun, repeated, progress, stop)
-            else:
-                progress(_sidecar(target)["records"])
+            if stop.is_set():
+                raise _Stopped
+            try:
+                if repeated or not _finished(target, parts[index], redo_skipped):
+                    _make(target, parts[index], read, tally.split, noun, repeated, progress, stop)
+                else:
+                    progress(_sidecar(target)["records"])
+            except BaseException:
+                stop.set()  # here: this thread may begin its next part before the main thread hears of it
+                raise
 
         try:
             _wait([pool.submit(make, index) for index in range(len(parts))])
@@ -191,9 +197,12 @@ def _gather(targets, tally):
 
 
 def _wait(futures):
-    """Raises the first failure as soon as there is one."""
-    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    failures = [future.exception() for future in done if future.exception()]
+    """Raises the failure that stopped the others, once they have stopped."""
+    concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()  # does nothing where all are done
+    concurrent.futures.wait(futures)  # the first to end may be one that was stopped
+    failures = [future.exception() for future in futures if not future.cancelled() and future.exception()]
     if failures:
         raise next((failure for failure in failures if not isinstance(failure, _Stopped)), failures[0])
 
