@@ -37,8 +37,18 @@ class Part:
 
     def made_from(self) -> str:
         """Changes whenever the part's files do."""
-        stamps = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
+        stamps = [_stamp(file) for file in self.files]
         return hashlib.sha256(repr((self.label, self.size, stamps)).encode()).hexdigest()
+
+
+def _stamp(file):
+    """A file that went, or a link to nowhere or to itself, is for `examples` to count."""
+    place = os.path.realpath(file)  # Path.resolve raises over a link to itself
+    try:
+        found = os.stat(place)
+    except OSError:
+        return place, -1, -1
+    return place, found.st_size, found.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
