@@ -125,4 +125,4 @@ def look_ahead(config, method, directory: Path) -> list[str]:
     if not getattr(method, "REPORT", ""):
         return []
     missing = importlib.import_module(method.REPORT).lacking(config)
-    return [f"the report at the end is left out: {missing}"] if missing else []
+    return [f"no report on held-out data: {missing}"] if missing else []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 from latent_jax import finish, train
 from latent_jax.analysis import imagination
 from latent_jax.data.builders.build import build_scenes
+from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
+from latent_jax.methods import pretrain
+from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import lock, provenance
 from tests.reference import small
 
@@ -180,6 +184,16 @@ def test_a_gradient_that_is_not_finite_saves_nothing(scenes, tmp_path):
         with train.Checkpoints(step.parent, read_only=True) as checkpoints:
             arrays = checkpoints.restore_item(int(step.name), "trainable")
         assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def test_a_missing_held_out_split_is_told_once_at_the_start(scenes, tmp_path):
+    config = config_of(scenes)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="dev"))
+    (line,) = finish.look_ahead(config, pretrain, tmp_path)
+    assert line.startswith("no report on held-out data: scenes in ") and "has no split 'dev'" in line
+    assert "config.data.holdout=N keeps N records of the training split for it" in line
+    said, model, codec = [], mock.Mock(spec=LatentVLM), mock.Mock(spec=Codec)
+    assert imagination.run(model, config, codec, tmp_path, said.append) == {} and not said
 
 
 def test_held_out_records_are_not_trained_on(scenes):

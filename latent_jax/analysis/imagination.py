@@ -44,9 +44,11 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     """Reports on the held-out split: says a table, what its words mean and what to try next, and writes
     `imagination.json` and two pictures into the workdir.
 
-    Where the data has no such split, says so and reports nothing.
+    Where the data has no such split, reports nothing: `lacking` told of it before the first step.
     """
     try:
+        if lacking(config):
+            return {}
         records, examples = usable(held_out(config), config, codec)
     except UserError as problem:
         say(f"no report on held-out data: {problem}")

@@ -251,11 +251,40 @@ def _folder(name: str, path: str | os.PathLike) -> Path:
                 "--output=DIR and set data.path=DIR"
             )
         path = _cached(dataset)
-    folder = Path(path) / BUILDER_OF[name]
-    versions = sorted(folder.glob("*.*.*/dataset_info.json"))
-    if not versions:
-        raise UserError(f"{folder}: no prepared dataset here; make it with {command} --output={path}")
-    return versions[-1].parent
+    folder, command = Path(path) / BUILDER_OF[name], f"{command} --output={path}"
+    versions = _versions(folder)
+    if versions and (not made or _is_made(name, Path(path))):
+        return versions[-1].parent
+    here = [other for other in dict.fromkeys(BUILDER_OF.values()) if _versions(Path(path) / other)]
+    if here:
+        raise UserError(
+            f"data.name={name}: {path} holds {', '.join(here)} and not {name}; name what is there, "
+            f"or make {name} elsewhere with {command.rpartition('=')[0]}=DIR"
+        )
+    for dataset in (Path(path), Path(path).parent):
+        if dataset.name == BUILDER_OF[name] and _versions(dataset):
+            raise UserError(f"{path}: lies inside a prepared dataset; set data.path={dataset.parent}")
+    raise UserError(f"{folder}: no prepared dataset here; make it with {command}")
+
+
+def _versions(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.*.*/dataset_info.json"))
+
+
+def _is_made(name: str, path: Path) -> bool:
+    """Whether `path` holds the procedural world, and not a dataset of one's own in the same form.
+
+    What it was made from lies beside it as raw/; somebody may have removed that. Captions and questions of `scenes`
+    are about the same images, split by split.
+    """
+    official = "coco" if name == "scenes" else BUILDER_OF[name]
+    if (path / "raw" / official).is_dir() or name not in ("scenes", "scenes_questions"):
+        return True
+    both = [_versions(path / other) for other in ("coco_captions", "gqa")]
+    if not all(both):
+        return False
+    captions, questions = (_builder(found[-1].parent).info.splits for found in both)
+    return {n: i.num_examples for n, i in captions.items()} == {n: i.num_examples for n, i in questions.items()}
 
 
 def join(captions: Sequence, questions: Sequence) -> Joined:

@@ -60,4 +60,4 @@ def _ours(file: bytes, spec: images.ImageSpec) -> images.Patches:
 def _theirs(file: bytes, processor):
     from transformers.image_utils import load_image
 
-    return processor(images=[load_image(PIL.Image.open(io.BytesIO(file)))], return_tensors="np")
+    return processor(images=[load_image(images.opened(io.BytesIO(file)))], return_tensors="np")

@@ -44,10 +44,11 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     try:
         # O_NONBLOCK: opening a FIFO that nobody writes to must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{path}: not a regular file")
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):  # before fdopen, which refuses a folder without naming it
+            os.close(descriptor)
+            raise UserError(f"{path}: not a regular file")
+        with naming(path), os.fdopen(descriptor, "rb") as file:
             if most is not None and found.st_size > most:
                 raise UserError(f"{path}: {found.st_size:,} bytes, expected at most {most:,}")
             return file.read()

@@ -119,6 +119,23 @@ def test_what_is_missing_is_named(prepared, tmp_path):
         sources.open_source("coco_captions", "", "train")
 
 
+def test_a_name_that_is_not_what_lies_there(prepared, tmp_path):
+    """One's own folder has the form of the procedural world's, and is not it."""
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copytree(prepared / "coco_captions", own / "coco_captions")
+    with pytest.raises(UserError, match=r"data.name=scenes: .*own holds coco_captions and not scenes; name what is"):
+        sources.open_source("scenes", own, "train")
+    with pytest.raises(UserError, match=r"data.name=gqa: .*own holds coco_captions and not gqa"):
+        sources.open_source("gqa", own, "train")
+    assert len(sources.open_source("coco_captions", own, "train"))
+    with pytest.raises(UserError, match=rf"own/coco_captions: lies inside a prepared dataset; set data.path={own}$"):
+        sources.open_source("coco_captions", own / "coco_captions", "train")
+
+    shutil.copytree(prepared / "gqa", own / "gqa")  # as the world is where its raw files were removed
+    assert list(sources.open_source("scenes", own, "train")) == list(sources.open_source("scenes", prepared, "train"))
+
+
 def test_scenes_are_made_once_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scenes, "SIZES", {"train": 4, "validation": 2})

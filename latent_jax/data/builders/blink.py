@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from latent_jax.benchmarks.blink import HIDDEN
 from latent_jax.benchmarks.blink import TASKS as SUB_TASKS
 from latent_jax.data.builders.base import RawBuilder, record
-from latent_jax.data.builders.files import PARQUET_ERRORS, are_texts, check_image, inside, is_text, read_image
+from latent_jax.data.builders.files import are_texts, check_image, inside, is_text, read_image
+from latent_jax.data.builders.parquet import PARQUET_ERRORS
 from latent_jax.data.builders.parts import Part
 from latent_jax.errors import UserError, one_line
 

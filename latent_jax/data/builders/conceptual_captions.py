@@ -63,7 +63,9 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
 def _rows(file, images, tally):
     """(row number, caption, image file) of the rows whose image is there."""
     rows = []
-    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+    if not file.is_file():  # a FIFO would be waited for
+        raise UserError(f"{file}: not a regular file")
+    with file.open(encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines):
             caption, tab, url = line.rstrip("\r\n").partition("\t")
             if not tab or not caption.strip() or not url.strip():

@@ -14,8 +14,6 @@ from latent_jax.runtime import files
 
 # GQA's scene graphs, the largest list of the official files, have 1.1 GB.
 _MOST = 16 * 2**30
-# What pyarrow raises over a damaged file; its ArrowInvalid is a ValueError, its I/O errors are OSErrors.
-PARQUET_ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError, KeyError, TypeError, MemoryError)
 
 
 def read_json(file: Path, kind: type, shape: str):

@@ -43,7 +43,7 @@ class Mmvp(RawBuilder, skip_registration=True):
             index, text, options, answer = ((row[column] or "").strip() for column in _COLUMNS)
             letters = re.findall(r"\(([a-z])\)", options)
             choices = [choice.strip() for choice in re.split(r"\([a-z]\)", options)[1:]]
-            if not index.isdecimal() or not text:
+            if not index.isdecimal() or len(index) > 9 or not text:
                 reason = "no Index or no Question"
             elif letters != list("abcdefgh"[: len(letters)]) or len(letters) < 2 or not all(choices):
                 reason = f'Options {options!r}, expected "(a) ... (b) ..."'

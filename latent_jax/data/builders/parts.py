@@ -37,8 +37,18 @@ class Part:
 
     def made_from(self) -> str:
         """Changes whenever the part's files do."""
-        stamps = [(os.path.realpath(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
+        stamps = [_stamp(file) for file in self.files]
         return hashlib.sha256(repr((self.label, self.size, stamps)).encode()).hexdigest()
+
+
+def _stamp(file):
+    """A file that went, or a link to nowhere or to itself, is for `examples` to count."""
+    place = os.path.realpath(file)  # Path.resolve raises over a link to itself
+    try:
+        found = os.stat(place)
+    except OSError:
+        return place, -1, -1
+    return place, found.st_size, found.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +106,23 @@ def write(
     ):
 
         def make(index, repeated=frozenset()):
+            target = folder / f"{index:05}"
             if stop.is_set():
                 raise _Stopped
-            target = folder / f"{index:05}"
             try:
                 if repeated or not _finished(target, parts[index], redo_skipped):
                     _make(target, parts[index], read, tally.split, noun, repeated, progress, stop)
                 else:
                     progress(_sidecar(target)["records"])
             except BaseException:
-                stop.set()  # here, where no other part can begin before
+                stop.set()  # here: this thread may begin its next part before the main thread hears of it
                 raise
 
         try:
             _wait([pool.submit(make, index) for index in range(len(parts))])
             repeated = _repeated([folder / f"{index:05}" for index in range(len(parts))])
             _wait([pool.submit(make, index, keys) for index, keys in repeated.items()])
-        except BaseException:  # Ctrl-C too
+        except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -197,9 +207,12 @@ def _gather(targets, tally):
 
 
 def _wait(futures):
-    """Raises the first failure as soon as there is one."""
-    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    failures = [future.exception() for future in done if future.exception()]
+    """Raises the failure that stopped the others, once they have stopped."""
+    concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()  # does nothing where all are done
+    concurrent.futures.wait(futures)  # the first to end may be one that was stopped
+    failures = [future.exception() for future in futures if not future.cancelled() and future.exception()]
     if failures:
         raise next((failure for failure in failures if not isinstance(failure, _Stopped)), failures[0])
 

@@ -1,17 +1,7 @@
 """ScienceQA (https://github.com/lupantech/ScienceQA, data/scienceqa) to one record a problem, with or without image."""
 
-from latent_jax.data.builders import parts
+from latent_jax.data.builders import files, parts
 from latent_jax.data.builders.base import RawBuilder, each, record
-from latent_jax.data.builders.files import (
-    are_texts,
-    first_there,
-    inside,
-    is_text,
-    read_entries,
-    read_image,
-    read_json,
-    split_name,
-)
 from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
@@ -30,14 +20,14 @@ class ScienceQa(RawBuilder, skip_registration=True):
     def find(self):
         """Split -> official split name."""
         shape = '{"train": [problem id, ...], "val": [...], "test": [...]}'
-        self._pids = read_json(self.raw / "pid_splits.json", dict, shape)
+        self._pids = files.read_json(self.raw / "pid_splits.json", dict, shape)
         self._repeated = Tally("")  # belongs to no split: told with the first
-        self._problems = read_entries(self.raw / "problems.json", _SHAPE, "problem", self._repeated)
+        self._problems = files.read_entries(self.raw / "problems.json", _SHAPE, "problem", self._repeated)
         for split in _SPLITS:
             pids = self._pids.get(split)
             if not isinstance(pids, list) or not all(isinstance(pid, str) for pid in pids):
                 raise UserError(f"{self.raw / 'pid_splits.json'}: expected {shape}, but {split!r} is {str(pids)[:40]}")
-        return {split_name(split): split for split in _SPLITS if self._pids[split]}
+        return {files.split_name(split): split for split in _SPLITS if self._pids[split]}
 
     def parts(self, place, tally):
         """Problems, some at a time: (problem id, problem)."""
@@ -64,7 +54,7 @@ class ScienceQa(RawBuilder, skip_registration=True):
             pid, problem = item
             question = {"id": pid, **dict.fromkeys(_TEXTS, ""), **problem}
             try:
-                images = [read_image(self._locate(pid, problem))] if problem.get("image") else []
+                images = [files.read_image(self._locate(pid, problem))] if problem.get("image") else []
                 return record(pid, images=images, questions=[question])
             except ValueError as error:
                 raise ValueError(f"problem {pid}: {error}") from None
@@ -73,15 +63,15 @@ class ScienceQa(RawBuilder, skip_registration=True):
 
     def _locate(self, pid, problem):
         end = f"{problem['split']}/{pid}/{problem['image']}"
-        return first_there([inside(self.raw, end), inside(self.raw / "images", end)])
+        return files.first_there([files.inside(self.raw, end), files.inside(self.raw / "images", end)])
 
 
 def _fault(problem, split):
     """What is wrong with an official record, in words, or ""."""
-    if not isinstance(problem, dict) or not is_text(problem.get("question")):
+    if not isinstance(problem, dict) or not files.is_text(problem.get("question")):
         return "no question"
     choices, answer = problem.get("choices"), problem.get("answer")
-    if not are_texts(choices):
+    if not files.are_texts(choices):
         return f"choices {str(choices)[:40]}, expected a list of texts"
     if type(answer) is not int or not 0 <= answer < len(choices):
         return f"answer {answer!r}, expected an integer from 0 to {len(choices) - 1}"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from latent_jax.data.builders.base import record
-from latent_jax.data.builders.files import PARQUET_ERRORS, check_image, is_text, split_name
+from latent_jax.data.builders.files import check_image, is_text, split_name
+from latent_jax.data.builders.parquet import PARQUET_ERRORS
 from latent_jax.data.builders.parts import Part, Record
 from latent_jax.data.builders.tally import Tally
 from latent_jax.data.images import MOST_BYTES
@@ -176,16 +177,17 @@ def _compare(file, keys, tally):
     try:
         names = pq.read_schema(file).names
         table = pq.read_table(file, columns=[name for name in ("key", "status", "error_message") if name in names])
+        rows = table.to_pylist()
     except PARQUET_ERRORS as error:
         tally.skip("list", f"{file}: cannot be read, failed downloads are not counted ({one_line(error)[:200]})")
         return
     if "key" not in names or "status" not in names:
         return
-    for row in table.to_pylist():
+    for row in rows:
         if row["status"] == "success":
             if str(row["key"]) not in keys:
                 tally.see("image")
                 tally.skip("image", f"{file}: {row['key']} was downloaded, but is not in the tar")
         else:
             tally.skip("download", f"{file}: {row['key']}: {row['status']} ({row.get('error_message')})")
-    tally.see("download", len(table))
+    tally.see("download", len(rows))

@@ -1,16 +1,19 @@
 """Preparing in parts: what was finished is not done again, what was not is, and the bytes are the same either way."""
 
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from data.builders.official import coco_folder, records, run, samples, write_tar
 
 from latent_jax.data.builders import coco_captions, parts, webdataset
 from latent_jax.data.builders.build import build
+from latent_jax.data.builders.tally import Tally
 
 
 @pytest.fixture
@@ -138,6 +141,25 @@ def test_a_failure_in_one_part_stops_the_others(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the disk is gone"):
         build("coco_captions", raw, tmp_path / "out", workers=1)
     assert len(seen) == 1 and not list((tmp_path / "out").iterdir())
+
+
+def test_parts_under_way_stop_and_others_do_not_begin(tmp_path):
+    """The first failure is what is raised, though parts that were stopped may end before the one that failed."""
+    begun, under_way = [], threading.Barrier(3)
+
+    def read(part, tally):
+        begun.append(part.place)
+        under_way.wait(60)
+        if part.place == 2:
+            raise RuntimeError("the disk is gone")
+        for number in itertools.count():
+            yield parts.Record(f"{part.place} {number}", b"record")
+
+    several = [parts.Part(place, (), f"part {place}") for place in range(20)]
+    tally = Tally("train")
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        parts.write(tmp_path, several, read, tally, noun="images", title="train", workers=3)
+    assert sorted(begun) == [0, 1, 2] and not list(tmp_path.glob("*.json"))
 
 
 def test_two_processes_do_not_share_a_work_folder(tmp_path, capsys):
