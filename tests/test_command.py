@@ -127,6 +127,20 @@ def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
     assert (ended.returncode, ended.stdout) == (0, "done\n")
 
 
+def test_a_closed_standard_stream_is_no_file_of_the_run(tmp_path):
+    program = (
+        "import os, sys\nfrom latent_jax.command import begin_command\nbegin_command()\n"
+        "with open(sys.argv[1], 'w') as file:\n"
+        "    os.write(2, b'XLA warns')\n"
+        "    print('a'); print('b', file=sys.stderr); assert not sys.stderr.isatty()\n"
+        "    file.write('content')\n"
+    )
+    file = tmp_path / "file"
+    shell = f'exec "{sys.executable}" -c "$0" "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, program, file]).returncode == 0
+    assert file.read_text() == "content"
+
+
 def test_a_command_is_spared_what_libraries_say_of_themselves(monkeypatch):
     """XLA warns once for each buffer that is larger than a heap; transformers that torch is missing."""
     program = (
