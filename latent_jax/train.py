@@ -296,9 +296,9 @@ def loop(
         return data, bool(asked)
 
     while done < config.train.steps:
-        asked = time.monotonic()
+        began = time.monotonic()
         batch = next(batches)
-        waited = time.monotonic() - asked
+        waited = time.monotonic() - began
         state, found = step(state, hosts.place(batch, setup.mesh, config.data.groups))
         stop = False
         if pending:
@@ -312,8 +312,8 @@ def loop(
         last, stop = done == config.train.steps, stop or (bool(counts["asked"]) and jax.process_count() == 1)
         if last or stop or checkpoints.due(done):
             # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
-            data, _ = report(pending)
-            pending = None
+            data, asked = report(pending)
+            pending, stop = None, stop or asked
             save(checkpoints, state, data, {"metrics": metrics.checksum()})
         if stop and not last:
             checkpoints.wait()

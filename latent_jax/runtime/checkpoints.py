@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from latent_jax.errors import UserError, one_line, os_error
-from latent_jax.runtime import checksums, files
+from latent_jax.runtime import checksums, files, hosts
 
 _JSON_ITEMS = ("iterator", "extra")
 _ARRAYS, _CONTENT, _SUM = "array_checksums", "content", "checksum"
@@ -131,10 +131,13 @@ class Checkpoints:
         Args:
           abstract: name -> pytree of jax.ShapeDtypeStruct with shardings, which need not be those of the save.
         Returns (state, iterator_state, extra). Raises UserError if there is no such step, or if names, shapes or the
-        tree's structure are not those of the checkpoint, and Damaged where it is not what was written.
+        tree's structure are not those of the checkpoint, and Damaged where it is not what was written. Several hosts
+        call this together, and what one of them cannot read, all raise.
         """
         step = self._existing(step)
-        documents = {name: self._document(step, name) for name in _JSON_ITEMS}
+        documents = _on_all_hosts(
+            self.directory / str(step), lambda: {name: self._document(step, name) for name in _JSON_ITEMS}
+        )
         restored = {name: self._restore(step, name, tree) for name, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
@@ -164,14 +167,20 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
 
-    def set_aside(self, step: int, to: Path) -> Path:
-        """Moves a step out of the way, into the folder `to`, under a name that is free there. Returns where it is."""
-        to.mkdir(parents=True, exist_ok=True)
-        taken = [path.name for path in to.iterdir()]
-        name = next(n for n in (f"{step}", *(f"{step}.{i}" for i in range(1, 10**6))) if n not in taken)
-        shutil.move(self.directory / str(step), to / name)
+    def set_aside(self, steps: list[int], to: Path) -> None:
+        """Moves steps out of the way, into the folder `to`, each under a name that is free there.
+
+        Several hosts call this together: one moves, and all know of it afterwards.
+        """
+        hosts.sync("every host has read the checkpoints")
+        if hosts.primary():
+            to.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                taken = [path.name for path in to.iterdir()]
+                name = next(n for n in (f"{step}", *(f"{step}.{i}" for i in range(1, 10**6))) if n not in taken)
+                shutil.move(self.directory / str(step), to / name)
+        hosts.sync("the first host has moved the damaged checkpoints")
         self._manager.reload()
-        return to / name
 
     @contextlib.contextmanager
     def _writing(self):
@@ -211,7 +220,12 @@ class Checkpoints:
             return tree
 
     def _restore(self, step: int, name: str, abstract):
-        self._item(step, name)
+        restored = _on_all_hosts(self.directory / str(step) / name, lambda: self._read(step, name, abstract))
+        self._compare(step, name, restored)
+        return restored
+
+    def _read(self, step: int, name: str, abstract):
+        item = self._item(step, name)
         stored, wanted = _shapes(self._metadata(step, name)), _shapes(abstract)
         for path in [*wanted, *stored]:
             if stored.get(path) != wanted.get(path):
@@ -219,11 +233,9 @@ class Checkpoints:
                     f"{self.directory / str(step)}: {name}{path} is {stored.get(path, 'absent')} in the "
                     f"checkpoint, expected {wanted.get(path, 'absent')}"
                 )
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-        with _reading(self._item(step, name)):
-            restored = self._manager.restore(step, args=args)[name]
-        self._compare(step, name, restored)
-        return restored
+        with _reading(item):
+            # Not the manager's: after each item it waits for every host, also for one that could not read it.
+            return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
 
     def _compare(self, step: int, name: str, restored) -> None:
         """Raises Damaged where an array is not the one that was saved; checkpoints of earlier versions have no sums."""
@@ -244,6 +256,18 @@ class Checkpoints:
             raise Damaged(f"{file}: {problem}") from None
         except UserError as problem:
             raise Damaged(str(problem)) from None
+
+
+def _on_all_hosts(path: Path, read: Callable):
+    """What `read` gives, where it succeeds on every host. Else all raise: what follows is a collective of theirs all."""
+    problem, found = None, None
+    try:
+        found = read()
+    except UserError as caught:
+        problem = caught
+    if hosts.summed({"failed": float(problem is not None)})()["failed"]:
+        raise problem or Damaged(f"{path}: another host cannot read it back")
+    return found
 
 
 @contextlib.contextmanager
