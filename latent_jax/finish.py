@@ -48,14 +48,9 @@ def finish(
 def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
     """What the report found, where all steps, the export and the report are done already; else None.
 
-    Raises UserError where more steps are done than the config asks for, or where the metrics are not those written.
+    Raises UserError where the metrics are not those that were written.
     """
     latest = checkpoints.latest() or 0
-    if latest > config.train.steps:
-        raise UserError(
-            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {latest}; "
-            f"expected at least {latest}, or a new --workdir"
-        )
     try:
         done = files.read_json(directory / FINISHED)
         same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)

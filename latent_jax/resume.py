@@ -4,10 +4,22 @@ from pathlib import Path
 
 import jax
 
+from latent_jax import workdir
 from latent_jax.errors import UserError
 from latent_jax.runtime import checksums
 from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
 from latent_jax.state import Setup, TrainState
+
+
+def check_steps(config, directory: Path) -> None:
+    """Raises UserError where more steps are done already than the config asks for."""
+    folder = directory / workdir.CHECKPOINTS
+    done = max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+    if done > config.train.steps:
+        raise UserError(
+            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {done}; "
+            f"expected at least {done}, or a new --workdir"
+        )
 
 
 def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[TrainState | None, dict, dict, list[str]]:

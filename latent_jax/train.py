@@ -18,13 +18,13 @@ from latent_jax import encode, workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Codec
-from latent_jax.data.layout import Example, Layout
+from latent_jax.data.layout import Example
 from latent_jax.errors import UserError
 from latent_jax.finish import finish, finished, look_ahead
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.resume import check_start, restore, save
+from latent_jax.resume import check_start, check_steps, restore, save
 from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
@@ -84,6 +84,7 @@ def _run(config, directory: Path) -> Summary:
     if config.data.latent_cache:
         encoder = encode.Encoder(config, method, codec, model_config, origin, mesh)
         data = encoder.beside(data, say=_teller(config))
+    check_steps(config, directory)  # before config.json is written with them
     config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh, origin)
     notes += lacking
     batches = pipeline.make_dataset(
@@ -198,20 +199,23 @@ def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Bu
     source = data[0][0]
     count = min(len(source), config.latent.statistics_examples)
     picked = (source[index * len(source) // count] for index in range(count))
-    layouts = (method.fit_layout(record, index, config, codec) for index, record in enumerate(picked))
+    examples = _usable(picked, lambda record, index: method.fit_layout(record, index, config, codec), codec, budgets)
     model = setup.build(state.trainable, state.frozen)
-    values = method.fit(model, pipeline.batches(_usable(layouts, codec, budgets), budgets), config)
+    values = method.fit(model, pipeline.batches(examples, budgets), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
 
 
-def _usable(layouts: Iterator[Layout], codec: Codec, budgets: packing.Budgets) -> Iterator[Example]:
+def _usable(
+    records: Iterator[dict], layout_fn: pipeline.LayoutFn, codec: Codec, budgets: packing.Budgets
+) -> Iterator[Example]:
     """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
     first, count = None, 0
-    for layout in layouts:
+    for index, record in enumerate(records):
         try:
-            example = codec.lay_out(layout)
-            budgets.check(example)
+            with pipeline.telling(record):
+                example = codec.lay_out(layout_fn(record, index))
+                budgets.check(example)
         except UserError as problem:
             first = first or problem
             continue

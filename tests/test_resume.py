@@ -130,10 +130,11 @@ def test_other_versions_are_told(monkeypatch):
     assert provenance.changes({"versions": provenance.versions(), "git_commit": provenance.git_commit()}) == []
 
 
-def test_fewer_steps_than_are_done_are_refused(whole, scenes):
-    config = config_of(scenes)
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(whole, scenes):
+    config, before = config_of(scenes), (whole / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"config.train.steps: got 2, but .* holds a checkpoint of step 4"):
         train.run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), whole)
+    assert (whole / "config.json").read_bytes() == before
 
 
 def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(whole, scenes, monkeypatch):
