@@ -131,14 +131,14 @@ class Checkpoints:
         Args:
           abstract: name -> pytree of jax.ShapeDtypeStruct with shardings, which need not be those of the save.
         Returns (state, iterator_state, extra). Raises UserError if there is no such step, or if names, shapes or the
-        tree's structure are not those of the checkpoint, and Damaged where it is not what was written. Several hosts
-        call this together, and what one of them cannot read, all raise.
+        tree's structure are not those of the checkpoint, and Damaged where it is not what was written, or holds numbers
+        that are not finite. Several hosts call this together, and what one of them cannot read, all raise.
         """
         step = self._existing(step)
         documents = _on_all_hosts(
             self.directory / str(step), lambda: {name: self._document(step, name) for name in _JSON_ITEMS}
         )
-        restored = {name: self._restore(step, name, tree) for name, tree in abstract.items()}
+        restored = {name: self._restore(step, name, tree, finite=True) for name, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
     def restore_item(self, step: int | None, name: str, abstract=None):
@@ -219,9 +219,9 @@ class Checkpoints:
                 raise Damaged(f"{path}: cannot be read back: it says nothing of its arrays")
             return tree
 
-    def _restore(self, step: int, name: str, abstract):
+    def _restore(self, step: int, name: str, abstract, finite: bool = False):
         restored = _on_all_hosts(self.directory / str(step) / name, lambda: self._read(step, name, abstract))
-        self._compare(step, name, restored)
+        self._compare(step, name, restored, finite)
         return restored
 
     def _read(self, step: int, name: str, abstract):
@@ -237,12 +237,18 @@ class Checkpoints:
             # Not the manager's: after each item it waits for every host, also for one that could not read it.
             return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
 
-    def _compare(self, step: int, name: str, restored) -> None:
-        """Raises Damaged where an array is not the one that was saved; checkpoints of earlier versions have no sums."""
+    def _compare(self, step: int, name: str, restored, finite: bool) -> None:
+        """Raises Damaged where an array is not the one that was saved, or not `finite` where it must be.
+
+        Checkpoints of earlier versions have no sums, and may hold what is not finite.
+        """
         saved = self._document(step, "extra").get(_ARRAYS, {}).get(name)
-        if saved is None:
+        if saved is None and not finite:
             return
-        found = checksums.of(restored)
+        found, bad = checksums.examined(restored)
+        if finite and bad:
+            raise Damaged(f"{self._item(step, name)}: {bad[0]} was not finite (NaN or infinite) when it was saved")
+        saved = found if saved is None else saved
         wrong = sorted(path for path in {**saved, **found} if saved.get(path) != found.get(path))
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -259,7 +265,7 @@ class Checkpoints:
 
 
 def _on_all_hosts(path: Path, read: Callable):
-    """What `read` gives, where it succeeds on every host. Else all raise: what follows is a collective of theirs all."""
+    """What `read` gives, where it succeeds on every host. Else all raise: what follows is collective."""
     problem, found = None, None
     try:
         found = read()
