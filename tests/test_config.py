@@ -119,6 +119,8 @@ def test_override_reads_text_as_the_schemas_type(text, key, value):
         ("train.batch_sise", "3", r"config\.train\.batch_sise: no such key; did you mean 'batch_size'\?"),
         ("train.steps", "abc", r"config\.train\.steps: got 'abc', expected an integer >= 1"),
         ("train.steps", "1.5", r"config\.train\.steps: got 1\.5, expected an integer >= 1"),
+        ("train.steps", "(" * 10_000, r"config\.train\.steps: got '\(+\.\.\., expected an integer >= 1"),
+        ("train.steps", "10**99", r"config\.train\.steps: got '10\*\*99', expected an integer >= 1"),
         ("train.steps.more", "1", r"config\.train\.steps\.more: 'steps' is a single value"),
         ("train", "1", r"config\.train: is a section; set one of steps, batch_size"),
         ("method", "sft", r"config\.method: a config file fixes its method \('fake'\)"),
@@ -189,7 +191,12 @@ def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():
         schema.check_resume(old, schema.resolve(changed(log__every=5, evaluate__examples=3, checkpoint__keep=1))) == []
     )
     assert "cosine schedule" in schema.check_resume(old, schema.resolve(changed(train__steps=2000)))[0]
+    # The warm-up is a share of the steps too, and so are a loss's points.
     constant = {"train__schedule": "constant"}
+    old = schema.resolve(changed(**constant))
+    (line,) = schema.check_resume(old, schema.resolve(changed(**constant, train__steps=2000)))
+    assert line.startswith("train.steps changes from 1000 to 2000: the warm-up is stretched to it")
+    constant["train__warmup"] = 0.0
     old = schema.resolve(changed(**constant))
     assert schema.check_resume(old, schema.resolve(changed(**constant, train__steps=2000))) == []
 
