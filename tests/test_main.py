@@ -67,6 +67,11 @@ def test_arguments_may_stand_apart_and_in_any_order(file):
     assert (config.train.steps, workdir) == (9, Path("out"))
 
 
+def test_a_workdir_that_is_not_utf_8_is_refused_by_name(file):
+    with pytest.raises(UserError, match=r"--workdir: got 'runs/\\udcff', expected a name in UTF-8"):
+        main.parse([f"--config={file}", "--workdir=runs/\udcff"])
+
+
 def test_the_workdir_is_named_after_config_and_variant():
     assert main._default_workdir("configs/pretrain.py") == "runs/pretrain"
     assert main._default_workdir("configs/pretrain.py:qwen2_5_vl_7b") == "runs/pretrain_qwen2_5_vl_7b"
