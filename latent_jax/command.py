@@ -1,7 +1,7 @@
 """How a command begins and ends: its flags, its status, and what it says in one line where something is wrong.
 
 0    done
-2    bad input or a file system that fails: one line `error: ...` on standard error
+2    bad input, a file system that fails, too little memory: one line `error: ...` on standard error
 130  Ctrl-C (128 + SIGINT): one line; 143 where SIGTERM ended a run after its checkpoint (128 + SIGTERM)
 """
 
@@ -52,6 +52,8 @@ def command(main: Callable) -> Callable:
                 _end(2, f"error: {one_line(problem)}")
             if isinstance(problem, OSError):
                 _end(2, f"error: {os_error(problem)}")
+            if isinstance(problem, MemoryError):
+                _end(2, f"error: not enough memory: {one_line(problem) or 'this machine has less than was asked for'}")
             raise
         except KeyboardInterrupt:
             _end(130, "interrupted")

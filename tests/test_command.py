@@ -23,6 +23,7 @@ def _raise(problem):
         (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
+        (MemoryError("Unable to allocate 9 TiB"), "error: not enough memory: Unable to allocate 9 TiB"),
     ],
 )
 def test_bad_input_and_a_failing_disk_are_one_line_and_status_2(problem, line, capsys):
