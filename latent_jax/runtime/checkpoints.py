@@ -68,10 +68,14 @@ class Checkpoints:
       every: steps between checkpoints, see `due`.
       keep: newest steps kept; 0 = all.
       read_only: neither makes nor removes anything (evaluation, conversion).
+
+    Raises UserError where something else than a directory has its name.
     """
 
     def __init__(self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False):
         self.directory, self.every = Path(directory).absolute(), every
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            raise UserError(f"{self.directory}: not a directory; expected a run's checkpoints, or nothing")
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:

@@ -42,9 +42,7 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     A device, a FIFO or a socket under the name of a file would be read for ever.
     """
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to must not wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{path}: not a regular file")
@@ -53,6 +51,11 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
             return file.read()
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL character
         raise UserError(os_error(problem) if isinstance(problem, OSError) else f"{str(path)!r}: {problem}") from None
+
+
+def _without_waiting(path, flags: int) -> int:
+    """Opening a FIFO that nobody writes to must not wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_json(

@@ -62,6 +62,14 @@ def test_layout_and_keep(saved):
     assert {"params", "optimizer", "iterator", "extra"} <= {path.name for path in (saved / "15").iterdir()}
 
 
+def test_what_is_no_directory_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(UserError, match=f"{name}: not a directory; expected a run's checkpoints"):
+            Checkpoints(tmp_path / name)
+
+
 def test_due():
     assert [step for step in range(1, 12) if Checkpoints("unused", every=5, read_only=True).due(step)] == [5, 10]
 

@@ -67,8 +67,9 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("fifo", "zero", "."):
-        with pytest.raises(UserError, match="not a regular file|Is a directory"):
+        with pytest.raises(UserError, match="not a regular file|Is a directory") as problem:
             files.read_bytes(tmp_path / name)
+        assert str(problem.value).startswith(f"{tmp_path / name}: ")
     for name in ("absent", "x" * 5000, "nul\0"):
         with pytest.raises(UserError):
             files.read_bytes(tmp_path / name)
