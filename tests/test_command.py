@@ -23,6 +23,8 @@ def _raise(problem):
         (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
+        # os.getcwd() where somebody removed the directory
+        (FileNotFoundError(2, "No such file"), "error: no such file; was the current directory removed?"),
         (MemoryError("Unable to allocate 9 TiB"), "error: not enough memory: Unable to allocate 9 TiB"),
     ],
 )
