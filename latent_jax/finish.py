@@ -54,12 +54,16 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
     try:
         done = files.read_json(directory / FINISHED)
         same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
+        expected = checkpoints.extra(latest).get("metrics") if same else None
     except (UserError, KeyError):  # not there, or damaged: then it is done again
-        return None
+        same = False
     whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
-    if same and whole and hosts.primary():
-        Metrics(directory, latest, tensorboard=False, expected=checkpoints.extra().get("metrics")).close()
-    return done.get("report", {}) if same and whole else None
+    # A host may see late what another wrote to a shared disk, and all must go the same way.
+    if hosts.summed({"finished": float(same and whole)})()["finished"] < jax.process_count():
+        return None
+    if hosts.primary():
+        Metrics(directory, latest, tensorboard=False, expected=expected).close()
+    return done.get("report", {})
 
 
 def _last_settings(config) -> dict:

@@ -145,6 +145,17 @@ def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(wh
     assert train.run(config_of(scenes), whole).step == 4
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_falls_back(whole, scenes, tmp_path):
+    directory, config = tmp_path / "run", config_of(scenes)
+    shutil.copytree(whole, directory)
+    (directory / "checkpoints" / "4" / "extra" / "metadata").write_text("{")
+    with pytest.raises(UserError, match="checkpoints/4/extra/metadata: .*The newest whole checkpoint is of step 3"):
+        train.run(config, directory)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, fallback=True))
+    assert train.run(config, directory).step == 4
+    assert numbers(directory) == numbers(whole)
+
+
 def test_a_finished_run_whose_metrics_were_changed_says_so(whole, scenes, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(whole, directory)
