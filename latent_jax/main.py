@@ -9,6 +9,7 @@
 
 import contextlib
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -114,11 +115,15 @@ def _config_file_error(file: str, problem: BaseException) -> UserError:
 
 
 def _checked(workdir: str) -> Path:
-    """The workdir. Raises UserError where TensorStore, which takes UTF-8 alone, could not write checkpoints there."""
+    """The workdir. Raises UserError where its name is another to TensorStore, which takes UTF-8 whatever the locale."""
     try:
-        workdir.encode()
+        same = os.fsencode(workdir) == workdir.encode()
     except UnicodeEncodeError:
-        raise UserError(f"--workdir: got {workdir!r}, expected a name in UTF-8") from None
+        same = False
+    if not same:
+        raise UserError(
+            f"--workdir: got {workdir!r}, expected a name in UTF-8, or in ASCII where the locale is another"
+        )
     return Path(workdir)
 
 

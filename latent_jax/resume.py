@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 
+from latent_jax import config as schema
 from latent_jax import workdir
 from latent_jax.errors import UserError
 from latent_jax.runtime import checksums
@@ -11,8 +12,13 @@ from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
 from latent_jax.state import Setup, TrainState
 
 
-def check_steps(config, directory: Path) -> None:
-    """Raises UserError where more steps are done already than the config asks for."""
+def check_begun(config, directory: Path) -> None:
+    """Raises UserError where the run in `directory` cannot go on with this config, or has done more steps than it asks.
+
+    Asked before anything is made or written for it: a latent cache, config.json.
+    """
+    if (directory / workdir.CONFIG).exists():
+        schema.check_resume(schema.read(directory / workdir.CONFIG)[0], config)
     folder = directory / workdir.CHECKPOINTS
     done = max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
     if done > config.train.steps:

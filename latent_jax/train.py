@@ -24,7 +24,7 @@ from latent_jax.finish import finish, finished, look_ahead
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.resume import check_start, check_steps, restore, save
+from latent_jax.resume import check_begun, check_start, restore, save
 from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
@@ -62,6 +62,7 @@ def run(config, directory: str | Path) -> Summary:
 
 def _run(config, directory: Path) -> Summary:
     method = importlib.import_module(f"latent_jax.methods.{config.method}")
+    check_begun(config, directory)
 
     # ------------------------------------------------------------ what is trained
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp)
@@ -84,7 +85,6 @@ def _run(config, directory: Path) -> Summary:
     if config.data.latent_cache:
         encoder = encode.Encoder(config, method, codec, model_config, origin, mesh)
         data = encoder.beside(data, say=_teller(config))
-    check_steps(config, directory)  # before config.json is written with them
     config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh, origin)
     notes += lacking
     batches = pipeline.make_dataset(
@@ -291,12 +291,7 @@ def loop(
         if metrics.due(number):
             metrics.write(number, values)
         progress.update(number, values)
-        for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
-            if not np.isfinite(values.get(name, 0.0)):
-                raise UserError(
-                    f"step {number}: the {words} is {values[name]}; the checkpoints before it are whole. "
-                    f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
-                )
+        check_finite(number, values)
         return data, bool(asked)
 
     while done < config.train.steps:
@@ -325,3 +320,13 @@ def loop(
             # A host that only heard of it takes the signal that schedulers send.
             return state, asked_to_stop.number or signal.SIGTERM
     return state, 0
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises UserError where a step's loss or gradient is not finite."""
+    for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
+        if not np.isfinite(values.get(name, 0.0)):
+            raise UserError(
+                f"step {step}: the {words} is {values[name]}; the checkpoints before it are whole. "
+                f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
+            )

@@ -72,6 +72,13 @@ def test_a_workdir_that_is_not_utf_8_is_refused_by_name(file):
         main.parse([f"--config={file}", "--workdir=runs/\udcff"])
 
 
+def test_a_workdir_that_the_locale_names_otherwise_than_utf_8_is_refused(file, monkeypatch):
+    monkeypatch.setattr(main.os, "fsencode", lambda name: name.encode("latin-1"))
+    with pytest.raises(UserError, match="or in ASCII where the locale is another"):
+        main.parse([f"--config={file}", "--workdir=runs/\N{LATIN SMALL LETTER E WITH ACUTE}"])
+    assert main.parse([f"--config={file}", "--workdir=runs/e"])[1] == Path("runs/e")
+
+
 def test_the_workdir_is_named_after_config_and_variant():
     assert main._default_workdir("configs/pretrain.py") == "runs/pretrain"
     assert main._default_workdir("configs/pretrain.py:qwen2_5_vl_7b") == "runs/pretrain_qwen2_5_vl_7b"

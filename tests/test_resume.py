@@ -137,6 +137,14 @@ def test_fewer_steps_than_are_done_are_refused_and_change_nothing(whole, scenes)
     assert (whole / "config.json").read_bytes() == before
 
 
+def test_another_config_is_refused_before_anything_is_made_for_it(whole, scenes, tmp_path):
+    config = config_of(scenes)
+    data = dataclasses.replace(config.data, latent_cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="begun with another config: config.data.latent_cache"):
+        train.run(dataclasses.replace(config, data=data), whole)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(whole, scenes, monkeypatch):
     (whole / finish.FINISHED).write_text("{")
     assert train.run(config_of(scenes), whole).step == 4
