@@ -11,8 +11,9 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import files
 
 NAME = ".lock"
-# What a file system answers that knows no locks: then nobody is kept out, and nobody is stopped by it.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What a file system answers that knows no locks, or (NFS: EBADF) none of a directory: then nobody is kept out, and
+# nobody is stopped by it.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 @contextlib.contextmanager

@@ -80,9 +80,10 @@ def test_the_lock_of_a_directory_that_its_holder_removes_is_not_taken(tmp_path, 
             lock.only_writer(directory).__enter__()
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_locks_keeps_nobody_out(number, tmp_path, monkeypatch):
     def unknown(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     with lock.only_writer(tmp_path), lock.only_writer(tmp_path):
