@@ -26,14 +26,15 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
     keeps its decisions; raises UserError where the config that comes now would change trained numbers.
     """
     file, notes, shards = directory / workdir.CONFIG, [], sharding.data_shards(mesh)
-    now_from = made_from(config, origin)
-    hosts.agree("data", now_from)
-    if file.exists():
+    if begun := file.exists():
         old, measured = schema.read(file)
         notes = schema.check_resume(old, config)
         if "budgets" not in measured:
             raise UserError(f"{directory}: was begun by another program ({', '.join(measured)}); use a new --workdir")
         notes += provenance.changes(schema.read_all(file))
+    now_from = made_from(config, origin)
+    hosts.agree("data", now_from)
+    if begun:
         check_same(measured.get("made_from", {}), now_from, directory)
     else:
         chosen, notes = _choose_budgets(config, method, codec, model_config, data, shards)
