@@ -1,7 +1,7 @@
 """How a command begins and ends: its flags, its status, and what it says in one line where something is wrong.
 
 0    done
-2    bad input or a file system that fails: one line `error: ...` on standard error
+2    bad input, a file system that fails, too little memory: one line `error: ...` on standard error
 130  Ctrl-C (128 + SIGINT): one line; 143 where SIGTERM ended a run after its checkpoint (128 + SIGTERM)
 """
 
@@ -52,6 +52,8 @@ def command(main: Callable) -> Callable:
                 _end(2, f"error: {one_line(problem)}")
             if isinstance(problem, OSError):
                 _end(2, f"error: {os_error(problem)}")
+            if isinstance(problem, MemoryError):
+                _end(2, f"error: not enough memory: {one_line(problem) or 'this machine has less than was asked for'}")
             raise
         except KeyboardInterrupt:
             _end(130, "interrupted")
@@ -64,7 +66,7 @@ def command(main: Callable) -> Callable:
 
 
 def begin_command() -> None:
-    """Before a command's imports: Ctrl-C during them is one line too, and standard error may fail without harm.
+    """Before a command's imports: Ctrl-C during them is one line too, and standard error may fail or be closed.
 
     XLA and transformers read from the environment how much they say. XLA's warnings are about its own work (a buffer
     that is larger than a heap of `devices.compiler_options`, one line each) and its errors are still said;
@@ -83,8 +85,24 @@ def begin_command() -> None:
         return os._exit(130)
 
     sys.excepthook = say
+    _open_standard_streams()
     if not isinstance(sys.stderr, _Tolerant):
         sys.stderr = _Tolerant(sys.stderr)
+
+
+def _open_standard_streams() -> None:
+    """Where a standard stream is closed, its number goes to the null device.
+
+    Else the next file that is opened gets the number, and what XLA writes to standard error goes into a checkpoint.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (open for good)
 
 
 def _end(status: int, line: str) -> NoReturn:

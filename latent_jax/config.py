@@ -190,12 +190,20 @@ def check_resume(old: Config | Evaluation, new: Config | Evaluation) -> list[str
     if refused:
         changes = ", ".join(f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused)
         raise UserError(f"this workdir was begun with another config: {changes}; use the old values or a new --workdir")
-    if "train.steps" in differ and new.train.schedule != "constant":
+    stretched = _shares_of_the_run(after)
+    if "train.steps" in differ and stretched:
         return [
-            f"train.steps changes from {old.train.steps} to {new.train.steps}: the {new.train.schedule} schedule is "
-            f"stretched to it, so the learning rate jumps where the run resumes"
+            f"train.steps changes from {old.train.steps} to {new.train.steps}: {' and '.join(stretched)} "
+            f"{'is' if len(stretched) == 1 else 'are'} stretched to it, so that numbers may jump where the run resumes"
         ]
     return []
+
+
+def _shares_of_the_run(found: dict) -> list[str]:
+    """What a training run's settings place by fractions of its steps."""
+    shares = [f"the {found['train.schedule'][0]} schedule"] if found["train.schedule"][0] != "constant" else []
+    shares += ["the warm-up"] if found["train.warmup"][0] else []
+    return shares + [key for key, (value, _, _) in found.items() if key.endswith("_schedule") and value]
 
 
 def _value(found: dict, key: str):

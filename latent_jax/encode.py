@@ -178,8 +178,9 @@ class Encoder:
             if not record["images"]:
                 return index, b"", None
             try:
-                example = self.codec.lay_out(self._layout(record, index))
-                budgets.check(example)
+                with pipeline.telling(record):
+                    example = self.codec.lay_out(self._layout(record, index))
+                    budgets.check(example)
             except UserError:
                 example = None
             return index, record["images"][0], example

@@ -28,7 +28,7 @@ def os_error(problem: OSError) -> str:
     """One line for what the operating system refused: the file first, where it is known."""
     reason = problem.strerror or one_line(problem) or type(problem).__name__
     if isinstance(problem, FileNotFoundError):
-        reason = "no such file"
+        reason = "no such file" if problem.filename else "no such file; was the current directory removed?"
     return f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
 
 

@@ -192,7 +192,7 @@ def _read(text: str, annotation):
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: too deeply nested
         # `a,b` is a tuple of strings that nobody wants to quote on a command line.
         value = tuple(text.split(",")) if tuples and len(parts) == 1 else text
     if tuples and len(parts) == 1 and not isinstance(value, (tuple, list)):

@@ -48,23 +48,22 @@ def finish(
 def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
     """What the report found, where all steps, the export and the report are done already; else None.
 
-    Raises UserError where more steps are done than the config asks for, or where the metrics are not those written.
+    Raises UserError where the metrics are not those that were written.
     """
     latest = checkpoints.latest() or 0
-    if latest > config.train.steps:
-        raise UserError(
-            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {latest}; "
-            f"expected at least {latest}, or a new --workdir"
-        )
     try:
         done = workdir.read_finished(directory)
         same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
+        expected = checkpoints.extra(latest).get("metrics") if same else None
     except (UserError, KeyError):  # not there, or damaged: then it is done again
-        return None
+        same = False
     whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
-    if same and whole and hosts.primary():
-        Metrics(directory, latest, tensorboard=False, expected=checkpoints.extra().get("metrics")).close()
-    return done.get("report", {}) if same and whole else None
+    # A host may see late what another wrote to a shared disk, and all must go the same way.
+    if hosts.summed({"finished": float(same and whole)})()["finished"] < jax.process_count():
+        return None
+    if hosts.primary():
+        Metrics(directory, latest, tensorboard=False, expected=expected).close()
+    return done.get("report", {})
 
 
 def _last_settings(config) -> dict:

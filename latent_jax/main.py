@@ -9,6 +9,7 @@
 
 import contextlib
 import importlib
+import os
 import re
 import sys
 import traceback
@@ -47,7 +48,7 @@ def parse(arguments: list[str]) -> tuple[Config | Evaluation, Path]:
     if parsed.config is None:
         raise UserError("--config is missing: expected a config file, as in --config=configs/pretrain.py")
     schema.override(parsed.config, overrides)
-    return schema.resolve(parsed.config), Path(parsed.workdir or _default_workdir(path))
+    return schema.resolve(parsed.config), _checked(parsed.workdir or _default_workdir(path))
 
 
 @command
@@ -111,6 +112,19 @@ def _config_file_error(file: str, problem: BaseException) -> UserError:
         lines, problem = [problem.lineno], SyntaxError(problem.msg)
     place = f"{file}:{lines[-1]}" if lines else file
     return UserError(f"{place}: {type(problem).__name__}: {' '.join(str(problem).split())}")
+
+
+def _checked(workdir: str) -> Path:
+    """The workdir. Raises UserError where its name is another to TensorStore, which takes UTF-8 whatever the locale."""
+    try:
+        same = os.fsencode(workdir) == workdir.encode()
+    except UnicodeEncodeError:
+        same = False
+    if not same:
+        raise UserError(
+            f"--workdir: got {workdir!r}, expected a name in UTF-8, or in ASCII where the locale is another"
+        )
+    return Path(workdir)
 
 
 def _default_workdir(path: str) -> str:

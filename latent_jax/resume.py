@@ -4,10 +4,28 @@ from pathlib import Path
 
 import jax
 
+from latent_jax import config as schema
+from latent_jax import workdir
 from latent_jax.errors import UserError
-from latent_jax.runtime import checksums, hosts
+from latent_jax.runtime import checksums
 from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
 from latent_jax.state import Setup, TrainState
+
+
+def check_begun(config, directory: Path) -> None:
+    """Raises UserError where the run in `directory` cannot go on with this config, or has done more steps than it asks.
+
+    Asked before anything is made or written for it: a latent cache, config.json.
+    """
+    if (directory / workdir.CONFIG).exists():
+        schema.check_resume(schema.read(directory / workdir.CONFIG)[0], config)
+    folder = directory / workdir.CHECKPOINTS
+    done = max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+    if done > config.train.steps:
+        raise UserError(
+            f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {done}; "
+            f"expected at least {done}, or a new --workdir"
+        )
 
 
 def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[TrainState | None, dict, dict, list[str]]:
@@ -29,36 +47,26 @@ def restore(checkpoints: Checkpoints, setup: Setup, directory: Path) -> tuple[Tr
                 f"--config.checkpoint.fallback=true goes on from there and moves what is damaged into "
                 f"{directory / DAMAGED}; or remove the damaged step yourself"
             )
-        return *found, _set_aside(checkpoints, step, directory)
+        return *found, _set_aside(checkpoints, [later for later in checkpoints.steps() if later > step], directory)
     if damaged:
         raise UserError(f"{damaged[0]}. No other checkpoint is whole: remove {checkpoints.directory} to begin again")
     return None, {}, {}, []
 
 
 def _restored(checkpoints: Checkpoints, setup: Setup, step: int) -> tuple[TrainState, dict, dict]:
-    """A step's state, where its data stood and what else it keeps. Damage that one host meets, all hosts raise."""
-    abstract, problem, found = setup.abstract(), None, {}
-    try:
-        found, batches_state, extra = checkpoints.restore(step, _items(abstract))
-        if int(found["step"]["step"]) != step:
-            raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
-    except Damaged as caught:
-        problem = caught
-    if hosts.summed({"damaged": float(problem is not None)})()["damaged"]:
-        raise problem or Damaged(f"{checkpoints.directory / str(step)}: another host cannot read it back")
+    """A step's state, where its data stood and what else it keeps."""
+    abstract = setup.abstract()
+    found, batches_state, extra = checkpoints.restore(step, _items(abstract))
+    if int(found["step"]["step"]) != step:
+        raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
     return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state, extra
 
 
-def _set_aside(checkpoints: Checkpoints, whole: int, directory: Path) -> list[str]:
-    """Moves the steps after `whole` away, and says so."""
-    lines = []
-    hosts.sync("every host has read the checkpoints")
-    for step in [step for step in checkpoints.steps() if step > whole]:
-        lines.append(f"checkpoint {step} is damaged: moved into {directory / DAMAGED}")
-        if hosts.primary():
-            checkpoints.set_aside(step, directory / DAMAGED)
-    hosts.sync("the first host has moved the damaged checkpoints")
-    return lines
+def _set_aside(checkpoints: Checkpoints, damaged: list[int], directory: Path) -> list[str]:
+    """Moves damaged steps away, and says so."""
+    if damaged:
+        checkpoints.set_aside(damaged, directory / DAMAGED)
+    return [f"checkpoint {step} is damaged: moved into {directory / DAMAGED}" for step in damaged]
 
 
 def check_start(state: TrainState, config, origin: Path) -> None:

@@ -55,7 +55,7 @@ class Data:
     replay: float = option(0.25, "share of ordinary image -> caption examples", low=0, high=1)
     min_pixels: int = option(0, "least pixels of a resized image; 0 = the checkpoint's", low=0)
     max_pixels: int = option(0, "most pixels of a resized image; 0 = the checkpoint's", low=0)
-    threads: int = option(2, "threads that decode and resize images", low=1, resumable=True)
+    threads: int = option(2, "threads that decode and resize images", low=1, high=1024, resumable=True)
     groups: int = option(0, "groups that a step is packed into; 0 = one for each data shard", low=0)
     row_tokens: int = option(4096, "longest row that is chosen from a sample of lengths", low=64)
     rows: int = option(0, "rows of a group; 0 = from a sample of lengths", low=0)
@@ -70,9 +70,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = option(1000, "optimiser steps of the whole run", low=1, resumable=True)
-    batch_size: int = option(32, "most examples of a step, over all devices", low=1)
-    accumulate: int = option(1, "micro-steps of a step", low=1)
+    steps: int = option(1000, "optimiser steps of the whole run", low=1, high=2**31 - 1, resumable=True)
+    batch_size: int = option(32, "most examples of a step, over all devices", low=1, high=2**20)
+    accumulate: int = option(1, "micro-steps of a step", low=1, high=2**20)
     learning_rate: float = option(2e-4, "peak learning rate", low=0)
     head_learning_rate: float = option(0.0, "peak learning rate of the method's own heads; 0 = the same", low=0)
     warmup: float = option(0.05, "fraction of the steps over which the learning rate rises from 0", low=0, high=1)

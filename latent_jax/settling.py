@@ -26,17 +26,20 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
     keeps its decisions; raises UserError where the config that comes now would change trained numbers.
     """
     file, notes, shards = directory / workdir.CONFIG, [], sharding.data_shards(mesh)
-    if file.exists():
+    if begun := file.exists():
         old, measured = schema.read(file)
         notes = schema.check_resume(old, config)
         if "budgets" not in measured:
             raise UserError(f"{directory}: was begun by another program ({', '.join(measured)}); use a new --workdir")
         notes += provenance.changes(schema.read_all(file))
-        check_same(measured.get("made_from", {}), made_from(config, data, origin), directory)
+    now_from = made_from(config, origin)
+    hosts.agree("data", now_from)
+    if begun:
+        check_same(measured.get("made_from", {}), now_from, directory)
     else:
         chosen, notes = _choose_budgets(config, method, codec, model_config, data, shards)
         measured = {"budgets": dataclasses.asdict(chosen)}
-    measured["made_from"] = made_from(config, data, origin)
+    measured["made_from"] = now_from
     try:
         budgets = packing.Budgets(**measured["budgets"])
     except TypeError as problem:
@@ -104,7 +107,7 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
     return budgets, notes
 
 
-def made_from(config, data, origin: Path) -> dict[str, str]:
+def made_from(config, origin: Path) -> dict[str, str]:
     """What trained numbers depend on beside the config, in short: the records, and the files that lay them out."""
     names = [name for name, _ in mixture(config.data.name)]
     found = {

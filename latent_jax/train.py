@@ -18,13 +18,13 @@ from latent_jax import encode, workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Codec
-from latent_jax.data.layout import Example, Layout
+from latent_jax.data.layout import Example
 from latent_jax.errors import UserError
 from latent_jax.finish import finish, finished, look_ahead
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.resume import check_start, restore, save
+from latent_jax.resume import check_begun, check_start, restore, save
 from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
@@ -62,6 +62,7 @@ def run(config, directory: str | Path) -> Summary:
 
 def _run(config, directory: Path) -> Summary:
     method = importlib.import_module(f"latent_jax.methods.{config.method}")
+    check_begun(config, directory)
 
     # ------------------------------------------------------------ what is trained
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp)
@@ -198,20 +199,23 @@ def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Bu
     source = data[0][0]
     count = min(len(source), config.latent.statistics_examples)
     picked = (source[index * len(source) // count] for index in range(count))
-    layouts = (method.fit_layout(record, index, config, codec) for index, record in enumerate(picked))
+    examples = _usable(picked, lambda record, index: method.fit_layout(record, index, config, codec), codec, budgets)
     model = setup.build(state.trainable, state.frozen)
-    values = method.fit(model, pipeline.batches(_usable(layouts, codec, budgets), budgets), config)
+    values = method.fit(model, pipeline.batches(examples, budgets), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
 
 
-def _usable(layouts: Iterator[Layout], codec: Codec, budgets: packing.Budgets) -> Iterator[Example]:
+def _usable(
+    records: Iterator[dict], layout_fn: pipeline.LayoutFn, codec: Codec, budgets: packing.Budgets
+) -> Iterator[Example]:
     """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
     first, count = None, 0
-    for layout in layouts:
+    for index, record in enumerate(records):
         try:
-            example = codec.lay_out(layout)
-            budgets.check(example)
+            with pipeline.telling(record):
+                example = codec.lay_out(layout_fn(record, index))
+                budgets.check(example)
         except UserError as problem:
             first = first or problem
             continue
@@ -287,18 +291,13 @@ def loop(
         if metrics.due(number):
             metrics.write(number, values)
         progress.update(number, values)
-        for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
-            if not np.isfinite(values.get(name, 0.0)):
-                raise UserError(
-                    f"step {number}: the {words} is {values[name]}; the checkpoints before it are whole. "
-                    f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
-                )
+        check_finite(number, values)
         return data, bool(asked)
 
     while done < config.train.steps:
-        asked = time.monotonic()
+        began = time.monotonic()
         batch = next(batches)
-        waited = time.monotonic() - asked
+        waited = time.monotonic() - began
         state, found = step(state, hosts.place(batch, setup.mesh, config.data.groups))
         stop = False
         if pending:
@@ -312,8 +311,8 @@ def loop(
         last, stop = done == config.train.steps, stop or (bool(counts["asked"]) and jax.process_count() == 1)
         if last or stop or checkpoints.due(done):
             # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
-            data, _ = report(pending)
-            pending = None
+            data, asked = report(pending)
+            pending, stop = None, stop or asked
             save(checkpoints, state, data, {"metrics": metrics.checksum()})
         if stop and not last:
             checkpoints.wait()
@@ -321,3 +320,13 @@ def loop(
             # A host that only heard of it takes the signal that schedulers send.
             return state, asked_to_stop.number or signal.SIGTERM
     return state, 0
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises UserError where a step's loss or gradient is not finite."""
+    for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
+        if not np.isfinite(values.get(name, 0.0)):
+            raise UserError(
+                f"step {step}: the {words} is {values[name]}; the checkpoints before it are whole. "
+                f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
+            )

@@ -26,6 +26,9 @@ def _raise(problem):
         (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
+        # os.getcwd() where somebody removed the directory
+        (FileNotFoundError(2, "No such file"), "error: no such file; was the current directory removed?"),
+        (MemoryError("Unable to allocate 9 TiB"), "error: not enough memory: Unable to allocate 9 TiB"),
     ],
 )
 def test_bad_input_and_a_failing_disk_are_one_line_and_status_2(problem, line, capsys):
@@ -128,6 +131,20 @@ def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stderr=full, stdout=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
+
+
+def test_a_closed_standard_stream_is_no_file_of_the_run(tmp_path):
+    program = (
+        "import os, sys\nfrom latent_jax.command import begin_command\nbegin_command()\n"
+        "with open(sys.argv[1], 'w') as file:\n"
+        "    os.write(2, b'XLA warns')\n"
+        "    print('a'); print('b', file=sys.stderr); assert not sys.stderr.isatty()\n"
+        "    file.write('content')\n"
+    )
+    file = tmp_path / "file"
+    shell = f'exec "{sys.executable}" -c "$0" "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, program, file]).returncode == 0
+    assert file.read_text() == "content"
 
 
 def test_a_command_is_spared_what_libraries_say_of_themselves(monkeypatch):

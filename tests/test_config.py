@@ -62,7 +62,7 @@ def test_every_default_of_the_common_sections_is_allowed_and_documented():
 def test_an_integer_is_a_number_but_a_boolean_is_no_integer():
     assert schema.resolve(changed(train__learning_rate=1)).train.learning_rate == 1.0
     assert isinstance(schema.resolve(changed(train__learning_rate=1)).train.learning_rate, float)
-    with pytest.raises(UserError, match=r"config\.train\.steps: got True, expected an integer >= 1"):
+    with pytest.raises(UserError, match=r"config\.train\.steps: got True, expected an integer in 1\.\.2147483647"):
         schema.resolve(changed(train__steps=True))
 
 
@@ -73,8 +73,8 @@ def test_lists_become_tuples():
 @pytest.mark.parametrize(
     ("dotted", "message"),
     [
-        ({"train__batch_size": "abc"}, r"config\.train\.batch_size: got 'abc', expected an integer >= 1"),
-        ({"train__steps": 0}, r"config\.train\.steps: got 0, expected an integer >= 1"),
+        ({"train__batch_size": "abc"}, r"config\.train\.batch_size: got 'abc', expected an integer in 1\.\.1048576"),
+        ({"train__steps": 0}, r"config\.train\.steps: got 0, expected an integer in 1\.\.2147483647"),
         ({"train__learning_rate": float("nan")}, r"config\.train\.learning_rate: got nan, expected a number >= 0"),
         ({"data__replay": 1.5}, r"config\.data\.replay: got 1.5, expected a number in 0\.\.1"),
         ({"train__epsilon": 0}, r"config\.train\.epsilon: got 0.0, expected a number > 0"),
@@ -117,8 +117,10 @@ def test_override_reads_text_as_the_schemas_type(text, key, value):
     ("key", "text", "message"),
     [
         ("train.batch_sise", "3", r"config\.train\.batch_sise: no such key; did you mean 'batch_size'\?"),
-        ("train.steps", "abc", r"config\.train\.steps: got 'abc', expected an integer >= 1"),
-        ("train.steps", "1.5", r"config\.train\.steps: got 1\.5, expected an integer >= 1"),
+        ("train.steps", "abc", r"config\.train\.steps: got 'abc', expected an integer in 1\.\.2147483647"),
+        ("train.steps", "1.5", r"config\.train\.steps: got 1\.5, expected an integer in 1\.\.2147483647"),
+        ("train.steps", "(" * 10_000, r"config\.train\.steps: got '\(+\.\.\., expected an integer in 1\.\.2147483647"),
+        ("train.steps", "10**99", r"config\.train\.steps: got '10\*\*99', expected an integer in 1\.\.2147483647"),
         ("train.steps.more", "1", r"config\.train\.steps\.more: 'steps' is a single value"),
         ("train", "1", r"config\.train: is a section; set one of steps, batch_size"),
         ("method", "sft", r"config\.method: a config file fixes its method \('fake'\)"),
@@ -189,7 +191,12 @@ def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():
         schema.check_resume(old, schema.resolve(changed(log__every=5, evaluate__examples=3, checkpoint__keep=1))) == []
     )
     assert "cosine schedule" in schema.check_resume(old, schema.resolve(changed(train__steps=2000)))[0]
+    # The warm-up is a share of the steps too, and so are a loss's points.
     constant = {"train__schedule": "constant"}
+    old = schema.resolve(changed(**constant))
+    (line,) = schema.check_resume(old, schema.resolve(changed(**constant, train__steps=2000)))
+    assert line.startswith("train.steps changes from 1000 to 2000: the warm-up is stretched to it")
+    constant["train__warmup"] = 0.0
     old = schema.resolve(changed(**constant))
     assert schema.check_resume(old, schema.resolve(changed(**constant, train__steps=2000))) == []
 

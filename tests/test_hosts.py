@@ -187,6 +187,41 @@ def test_eight_devices_on_two_hosts_resume_on_four_of_one(settings, whole, tmp_p
 
 
 @pytest.mark.slow
+def test_what_one_host_cannot_read_back_all_fall_back_from(settings, whole, tmp_path):
+    directory = tmp_path / "workdir"
+    shutil.copytree(whole[0], directory)
+    (directory / "finished.json").unlink(missing_ok=True)
+    # What the second process wrote, which it alone reads.
+    written = directory / "checkpoints" / str(STEPS) / "trainable" / "ocdbt.process_1" / "d"
+    largest = max(written.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(bytes(content))
+    file = tmp_path / "config.py"
+    file.write_text(settings[1].read_text().replace("'fallback': False", "'fallback': True"))
+    hosts = Hosts(file, directory, 2, 4)
+    said = hosts.ended()
+    assert hosts.process.returncode == 0, said
+    assert f"checkpoint {STEPS} is damaged: moved into" in said and f"resuming after step {STEPS - 2}" in said
+    assert lines(directory) == lines(whole[0])
+    # Every host knows that the step has to be written again.
+    got, want = workdir.Run.of(directory).arrays(STEPS), workdir.Run.of(whole[0]).arrays(STEPS)
+    for path, array in want.items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(array), err_msg=path)
+
+
+@pytest.mark.slow
+def test_all_hosts_hear_of_a_signal_also_where_every_step_is_saved(settings, tmp_path):
+    file = tmp_path / "config.py"
+    text = settings[1].read_text().replace(f"'steps': {STEPS},", "'steps': 100000,")
+    file.write_text(text.replace("'every': 2", "'every': 1").replace("'keep': 0", "'keep': 2"))
+    hosts = Hosts(file, tmp_path / "workdir", 2, 1).after_steps(1)
+    hosts.send(signal.SIGTERM, 1)
+    said = hosts.ended(120)
+    assert hosts.process.returncode == 128 + signal.SIGTERM and "stopped after step" in said, said
+
+
+@pytest.mark.slow
 def test_an_error_that_all_hosts_meet_ends_them_all_with_its_line(settings, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(settings[1].read_text().replace("'split': 'train'", "'split': 'absent'"))

@@ -67,6 +67,18 @@ def test_arguments_may_stand_apart_and_in_any_order(file):
     assert (config.train.steps, workdir) == (9, Path("out"))
 
 
+def test_a_workdir_that_is_not_utf_8_is_refused_by_name(file):
+    with pytest.raises(UserError, match=r"--workdir: got 'runs/\\udcff', expected a name in UTF-8"):
+        main.parse([f"--config={file}", "--workdir=runs/\udcff"])
+
+
+def test_a_workdir_that_the_locale_names_otherwise_than_utf_8_is_refused(file, monkeypatch):
+    monkeypatch.setattr(main.os, "fsencode", lambda name: name.encode("latin-1"))
+    with pytest.raises(UserError, match="or in ASCII where the locale is another"):
+        main.parse([f"--config={file}", "--workdir=runs/\N{LATIN SMALL LETTER E WITH ACUTE}"])
+    assert main.parse([f"--config={file}", "--workdir=runs/e"])[1] == Path("runs/e")
+
+
 def test_the_workdir_is_named_after_config_and_variant():
     assert main._default_workdir("configs/pretrain.py") == "runs/pretrain"
     assert main._default_workdir("configs/pretrain.py:qwen2_5_vl_7b") == "runs/pretrain_qwen2_5_vl_7b"
@@ -82,7 +94,10 @@ def test_the_workdir_is_named_after_config_and_variant():
         (["--config={file}:huge"], r"no variant 'huge'; expected one of oops"),
         (["--config={file}:oops"], r"config\.train\.batch_sise: no such key; did you mean 'batch_size'\?"),
         (["--config={file}", "--config.train.stpes=3"], r"config\.train\.stpes: no such key; did you mean 'steps'\?"),
-        (["--config={file}", "--config.train.steps=abc"], r"config\.train\.steps: got 'abc', expected an integer >= 1"),
+        (
+            ["--config={file}", "--config.train.steps=abc"],
+            r"config\.train\.steps: got 'abc', expected an integer in 1\.\.",
+        ),
         (
             ["--config={file}", "--config.log.progress=maybe"],
             r"log\.progress: got 'maybe', expected true or false",

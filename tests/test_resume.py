@@ -134,10 +134,19 @@ def test_other_versions_are_told(monkeypatch):
     assert provenance.changes({"versions": provenance.versions(), "git_commit": provenance.git_commit()}) == []
 
 
-def test_fewer_steps_than_are_done_are_refused(whole, scenes):
-    config = config_of(scenes)
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(whole, scenes):
+    config, before = config_of(scenes), (whole / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"config.train.steps: got 2, but .* holds a checkpoint of step 4"):
         train.run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)), whole)
+    assert (whole / "config.json").read_bytes() == before
+
+
+def test_another_config_is_refused_before_anything_is_made_for_it(whole, scenes, tmp_path):
+    config = config_of(scenes)
+    data = dataclasses.replace(config.data, latent_cache=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="begun with another config: config.data.latent_cache"):
+        train.run(dataclasses.replace(config, data=data), whole)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(whole, scenes, monkeypatch):
@@ -146,6 +155,17 @@ def test_a_finished_run_is_not_done_again_and_a_damaged_note_of_it_is_no_harm(wh
     monkeypatch.setattr(train, "make_step", None)
     monkeypatch.setattr(train, "restore", None)
     assert train.run(config_of(scenes), whole).step == 4
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_falls_back(whole, scenes, tmp_path):
+    directory, config = tmp_path / "run", config_of(scenes)
+    shutil.copytree(whole, directory)
+    (directory / "checkpoints" / "4" / "extra" / "metadata").write_text("{")
+    with pytest.raises(UserError, match="checkpoints/4/extra/metadata: .*The newest whole checkpoint is of step 3"):
+        train.run(config, directory)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, fallback=True))
+    assert train.run(config, directory).step == 4
+    assert numbers(directory) == numbers(whole)
 
 
 def test_a_finished_run_whose_metrics_were_changed_says_so(whole, scenes, tmp_path):

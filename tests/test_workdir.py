@@ -41,6 +41,20 @@ def made(tmp_path_factory):
     return directory, config, state, restored
 
 
+def test_the_statistics_are_of_the_records_that_training_takes(made):
+    _, config, state, _ = made
+    setup = make_setup(config, pretrain, small.model_config(), sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {})
+    records = [small.record(index) for index in range(8)]
+    odd = [{**records[0], "captions": []}, {**records[1], "images": [b"no image"]}]
+
+    def fitted(found):
+        return train.fit(first_state(setup, ""), setup, [(found, 1.0)], small.codec(), BUDGETS).frozen["head.mean"]
+
+    np.testing.assert_array_equal(fitted([odd[0], *records[2:], odd[1]]), fitted(records[2:]))
+    with pytest.raises(UserError, match=r"no usable record: record '.*': IndexError"):
+        fitted(odd[:1])
+
+
 def test_a_run_is_read_back(made):
     directory, config, _, _ = made
     run = workdir.Run.of(directory)

@@ -35,9 +35,9 @@ ARMS = ("imagined", "true latents", "mean latents", "untrained head", "caption a
 CHUNK, BATCH = 32, 64
 
 
-def caption_layouts(records: Sequence[dict], config) -> list[Layout]:
-    """Full description (captions[0]) -> slots, with the image as target, for every record."""
-    return [pretrain.imagine_layout(r["captions"][0], config.latent, tuple(r["images"][:1]), r["key"]) for r in records]
+def caption_layout(record: dict, config) -> Layout:
+    """Full description (captions[0]) -> slots, with the image as target."""
+    return pretrain.imagine_layout(record["captions"][0], config.latent, tuple(record["images"][:1]), record["key"])
 
 
 def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -90,10 +90,10 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
 def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], list[Example]]:
     """The records that can be laid out, and their examples. Raises UserError where none can."""
     kept, examples, problem = [], [], None
-    for record, layout in zip(records, caption_layouts(records, config), strict=True):
+    for record in records:
         try:
             with pipeline.telling(record):
-                example = codec.lay_out(layout)
+                example = codec.lay_out(caption_layout(record, config))
                 if config.data.tokens and len(example.tokens) > config.data.tokens:
                     raise UserError(f"record {record['key']!r}: longer than config.data.tokens={config.data.tokens}")
         except UserError as error:
@@ -237,7 +237,7 @@ def report(
     """Everything that is known about a model's imagination on held-out records, as {name: value}.
 
     Args:
-      batches: the packed `caption_layouts` of the records, in order.
+      batches: the packed `caption_layout` of every record, in order.
       records: hold captions[0], the full description; those that hold questions too are probed.
       tick: is told how many more examples have passed through the model (of `_work`).
       see: gets the captions' (predicted, target) latents (E, S, Z).

@@ -7,7 +7,6 @@ checksum of the image that they are of.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from latent_jax.errors import UserError
-from latent_jax.runtime import files
+from latent_jax.runtime import files, lock
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -180,8 +179,8 @@ class LatentCache:
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock.taken(folder)
+            except BlockingIOError:
                 raise UserError(f"{self.folder}: another process makes this latent cache") from None
             for left in self.folder.glob(".latents-*.npy.*"):
                 left.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from latent_jax.errors import UserError, one_line, os_error
-from latent_jax.runtime import checksums, files
+from latent_jax.runtime import checksums, files, hosts
 
 _JSON_ITEMS = ("iterator", "extra")
 _ARRAYS = "array_checksums"
@@ -67,10 +67,14 @@ class Checkpoints:
       every: steps between checkpoints, see `due`.
       keep: newest steps kept; 0 = all.
       read_only: neither makes nor removes anything (evaluation, conversion).
+
+    Raises UserError where something else than a directory has its name.
     """
 
     def __init__(self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False):
         self.directory, self.every = Path(directory).absolute(), every
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            raise UserError(f"{self.directory}: not a directory; expected a run's checkpoints, or nothing")
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:
@@ -130,11 +134,14 @@ class Checkpoints:
         Args:
           abstract: name -> pytree of jax.ShapeDtypeStruct with shardings, which need not be those of the save.
         Returns (state, iterator_state, extra). Raises UserError if there is no such step, or if names, shapes or the
-        tree's structure are not those of the checkpoint, and Damaged where it is not what was written.
+        tree's structure are not those of the checkpoint, and Damaged where it is not what was written, or holds numbers
+        that are not finite. Several hosts call this together, and what one of them cannot read, all raise.
         """
         step = self._existing(step)
-        documents = {name: self._document(step, name) for name in _JSON_ITEMS}
-        restored = {name: self._restore(step, name, tree) for name, tree in abstract.items()}
+        documents = _on_all_hosts(
+            self.directory / str(step), lambda: {name: self._document(step, name) for name in _JSON_ITEMS}
+        )
+        restored = {name: self._restore(step, name, tree, finite=True) for name, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
     def restore_item(self, step: int | None, name: str, abstract=None):
@@ -163,14 +170,20 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
 
-    def set_aside(self, step: int, to: Path) -> Path:
-        """Moves a step out of the way, into the folder `to`, under a name that is free there. Returns where it is."""
-        to.mkdir(parents=True, exist_ok=True)
-        taken = [path.name for path in to.iterdir()]
-        name = next(n for n in (f"{step}", *(f"{step}.{i}" for i in range(1, 10**6))) if n not in taken)
-        shutil.move(self.directory / str(step), to / name)
+    def set_aside(self, steps: list[int], to: Path) -> None:
+        """Moves steps out of the way, into the folder `to`, each under a name that is free there.
+
+        Several hosts call this together: one moves, and all know of it afterwards.
+        """
+        hosts.sync("every host has read the checkpoints")
+        if hosts.primary():
+            to.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                taken = [path.name for path in to.iterdir()]
+                name = next(n for n in (f"{step}", *(f"{step}.{i}" for i in range(1, 10**6))) if n not in taken)
+                shutil.move(self.directory / str(step), to / name)
+        hosts.sync("the first host has moved the damaged checkpoints")
         self._manager.reload()
-        return to / name
 
     @contextlib.contextmanager
     def _writing(self):
@@ -209,8 +222,13 @@ class Checkpoints:
                 raise Damaged(f"{path}: cannot be read back: it says nothing of its arrays")
             return tree
 
-    def _restore(self, step: int, name: str, abstract):
-        self._item(step, name)
+    def _restore(self, step: int, name: str, abstract, finite: bool = False):
+        restored = _on_all_hosts(self.directory / str(step) / name, lambda: self._read(step, name, abstract))
+        self._compare(step, name, restored, finite)
+        return restored
+
+    def _read(self, step: int, name: str, abstract):
+        item = self._item(step, name)
         stored, wanted = _shapes(self._metadata(step, name)), _shapes(abstract)
         for path in [*wanted, *stored]:
             if stored.get(path) != wanted.get(path):
@@ -218,18 +236,22 @@ class Checkpoints:
                     f"{self.directory / str(step)}: {name}{path} is {stored.get(path, 'absent')} in the "
                     f"checkpoint, expected {wanted.get(path, 'absent')}"
                 )
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-        with _reading(self._item(step, name)):
-            restored = self._manager.restore(step, args=args)[name]
-        self._compare(step, name, restored)
-        return restored
+        with _reading(item):
+            # Not the manager's: after each item it waits for every host, also for one that could not read it.
+            return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
 
-    def _compare(self, step: int, name: str, restored) -> None:
-        """Raises Damaged where an array is not the one that was saved; checkpoints of earlier versions have no sums."""
+    def _compare(self, step: int, name: str, restored, finite: bool) -> None:
+        """Raises Damaged where an array is not the one that was saved, or not `finite` where it must be.
+
+        Checkpoints of earlier versions have no sums, and may hold what is not finite.
+        """
         saved = self._document(step, "extra").get(_ARRAYS, {}).get(name)
-        if saved is None:
+        if saved is None and not finite:
             return
-        found = checksums.of(restored)
+        found, bad = checksums.examined(restored)
+        if finite and bad:
+            raise Damaged(f"{self._item(step, name)}: {bad[0]} was not finite (NaN or infinite) when it was saved")
+        saved = found if saved is None else saved
         wrong = sorted(path for path in {**saved, **found} if saved.get(path) != found.get(path))
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -243,6 +265,18 @@ class Checkpoints:
             raise Damaged(f"{file}: {problem}") from None
         except UserError as problem:
             raise Damaged(str(problem)) from None
+
+
+def _on_all_hosts(path: Path, read: Callable):
+    """What `read` gives, where it succeeds on every host. Else all raise: what follows is collective."""
+    problem, found = None, None
+    try:
+        found = read()
+    except UserError as caught:
+        problem = caught
+    if hosts.summed({"failed": float(problem is not None)})()["failed"]:
+        raise problem or Damaged(f"{path}: another host cannot read it back")
+    return found
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from latent_jax.runtime import files
+
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5
 _SESSION_START = 1
 
@@ -24,7 +26,8 @@ class EventWriter:
 
     def __init__(self, directory: Path, first_step: int = 0):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(Path(directory) / name, "ab")  # noqa: SIM115 (held open for the run)
+        self.name = str(Path(directory) / name)
+        self._file = open(self.name, "ab")  # noqa: SIM115 (held open for the run)
         self._write(_field(3, _BYTES, b"brain.Event:2"))
         if first_step:
             status = _field(1, _VARINT, _SESSION_START)
@@ -44,8 +47,9 @@ class EventWriter:
     def _write(self, fields: bytes) -> None:
         payload = _field(1, _DOUBLE, time.time()) + fields
         length = struct.pack("<Q", len(payload))
-        self._file.write(length + _checksum(length) + payload + _checksum(payload))
-        self._file.flush()
+        with files.naming(self.name):
+            self._file.write(length + _checksum(length) + payload + _checksum(payload))
+            self._file.flush()
 
 
 def _field(number: int, wire: int, value) -> bytes:

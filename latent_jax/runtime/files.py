@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -82,19 +83,21 @@ def whole(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the block ends; where it raises, `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.", suffix=PARTIAL)
+    start = os.fsdecode(os.fsencode(path.name)[:64])  # the limit of a name is in bytes
+    # Not tempfile's: its files are private, and a run's records are as readable as any file of their directory.
+    temporary = path.with_name(f".{start}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with naming(path), os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             # Without it a crash of the machine can leave the new name with no content behind it.
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a run's records are as readable as any file of its directory.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as problem:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(problem, OSError) and problem.filename in (None, str(temporary)):
+            problem.filename = str(path)
         raise
 
 
@@ -144,9 +147,3 @@ def opened(document: dict) -> dict:
     if not isinstance(document[_CONTENT], dict):
         raise ValueError("holds no object")
     return document[_CONTENT]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

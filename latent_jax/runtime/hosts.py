@@ -116,6 +116,7 @@ def _end(problem: BaseException, where: str, herald: "_Herald") -> NoReturn:
     if isinstance(problem, OSError):
         problem = UserError(os_error(problem))
     if isinstance(problem, KeyboardInterrupt):
+        say_line("interrupted")
         problem = SystemExit(130)
     status = 2 if isinstance(problem, UserError) else problem.code if isinstance(problem, SystemExit) else 1
     if isinstance(problem, UserError):
@@ -189,7 +190,7 @@ def agree(name: str, values: Mapping[str, str]) -> None:
             if theirs[0].get(key) != found.get(key):
                 raise UserError(
                     f"{key}: host 0 has {theirs[0].get(key, 'none')}, host {host} has {found.get(key, 'none')}; "
-                    "expected the same command and the same installation on every host"
+                    "expected the same command, data and installation on every host"
                 )
 
 

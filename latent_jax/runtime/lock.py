@@ -11,8 +11,9 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import files
 
 NAME = ".lock"
-# What a file system answers that knows no locks: then nobody is kept out, and nobody is stopped by it.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What a file system answers that knows no locks, or (NFS: EBADF) none of a directory: then nobody is kept out, and
+# nobody is stopped by it.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
 @contextlib.contextmanager
@@ -24,31 +25,67 @@ def only_writer(directory: str | Path) -> Iterator[None]:
     holds the directory.
     """
     directory = Path(directory)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise UserError(f"{directory}: not a directory; expected a new one, or that of an earlier run")
     new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor, held = _opened(directory)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{directory}: another process writes to it (process {_holder(descriptor)}); wait for it to end, stop "
-                "it, or use another --workdir"
-            ) from None
-        except OSError as problem:
-            if problem.errno not in _NO_LOCKS:
-                raise
-        else:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.getpid()}\n".encode())
+        if held:
+            with files.naming(directory / NAME):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
             files.clear_partial(directory)
         yield
     finally:
-        if new and {path.name for path in directory.iterdir()} == {NAME}:
-            # Nothing was begun, so nothing stays. Unlinked while it is held: whoever waits for it makes a new one.
+        if new:
+            _remove_unused(directory)
+        os.close(descriptor)
+
+
+def taken(descriptor: int) -> bool:
+    """Takes the lock of an open file, without waiting. False where the file system knows no locks.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _opened(directory: Path) -> tuple[int, bool]:
+    """The descriptor of the directory's lock file, and whether its lock is held."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # who held it removed the directory between the two
+            continue
+        try:
+            held = taken(descriptor)
+            if not held or os.path.samestat(os.fstat(descriptor), os.stat(directory / NAME)):
+                return descriptor, held
+        except FileNotFoundError:  # as above, between opening and locking: this is the lock of nothing
+            pass
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise UserError(
+                f"{directory}: another process writes to it (process {holder}); wait for it to end, stop it, or use "
+                "another --workdir"
+            ) from None
+        os.close(descriptor)
+
+
+def _remove_unused(directory: Path) -> None:
+    """Removes a directory in which nothing was begun, while its lock is held: whoever waits for it makes a new one."""
+    with contextlib.suppress(OSError):  # it may be gone, and what ended the run is to be told
+        if {path.name for path in directory.iterdir()} == {NAME}:
             (directory / NAME).unlink()
             directory.rmdir()
-        os.close(descriptor)
 
 
 def _holder(descriptor: int) -> str:

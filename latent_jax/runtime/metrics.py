@@ -1,5 +1,6 @@
 """metrics.jsonl and TensorBoard events: one line a step, never torn, never twice."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -76,24 +77,27 @@ class Metrics:
 
     def close(self) -> None:
         """Flushes and lets go of the files."""
-        for file in (self._file, self._events):
-            if file is not None:
-                file.close()
-        self._file = self._events = None
+        opened, self._file, self._events = (self._file, self._events), None, None
+        with contextlib.ExitStack() as closing:
+            for file in opened:
+                if file is not None:
+                    # What a full disk refused once is refused again here.
+                    closing.enter_context(files.naming(file.name))
+                    closing.callback(file.close)
 
 
 def truncate(path: Path, step: int) -> bytes:
     """Removes the lines after `step`, and a last line that a kill tore, in one replace. Returns what stays.
 
-    Raises UserError naming the file and line if another line is no JSON object with a `step`.
+    Raises UserError naming the file where it is no regular one, and the line if one is no JSON object with a `step`.
     """
     if not path.exists():
         return b""
-    lines, kept = path.read_bytes().splitlines(keepends=True), []
+    lines, kept = files.read_bytes(path).splitlines(keepends=True), []
     for number, line in enumerate(lines, 1):
         try:
-            at = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            at = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number == len(lines):
                 break
             raise UserError(

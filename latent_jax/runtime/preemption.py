@@ -19,7 +19,7 @@ class Asked:
     """
 
     def __init__(self, promise: str):
-        self.number, self._promise = 0, promise
+        self.number, self.stopped, self._promise = 0, False, promise
         self._saved = ""
 
     def __call__(self) -> bool:
@@ -41,6 +41,7 @@ class Asked:
         _say(f"{signal.Signals(number).name}: {self._promise}; again to stop at once")
 
     def _stop(self) -> None:
+        self.stopped = True
         _say(f"{signal.Signals(self.number).name}: stopped during {self._saved}; the same command goes on from there")
         raise Stopped(self.number)
 
@@ -58,6 +59,11 @@ def watch(promise: str = "saving a checkpoint after this step") -> Iterator[Aske
     earlier = {number: signal.signal(number, asked._handle) for number in _SIGNALS}
     try:
         yield asked
+    except Exception:
+        # A callback out of C++ turns Stopped into an error of its own.
+        if asked.stopped:
+            raise Stopped(asked.number) from None
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

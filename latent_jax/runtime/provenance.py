@@ -44,5 +44,5 @@ def changes(found: Mapping) -> list[str]:
     lines = [f"{name} {then[name]} -> {now.get(name, 'none')}" for name in then if then[name] != now.get(name)]
     commits = found.get("git_commit"), git_commit()
     if None not in commits and commits[0] != commits[1]:
-        lines.append(f"commit {commits[0][:12]} -> {commits[1][:12]}")
+        lines.append("commit {} -> {}".format(*(commit[:12] + "+" * commit.endswith("+") for commit in commits)))
     return [f"not as this run began: {', '.join(lines)}; numbers may differ by rounding, or more"] if lines else []

@@ -11,6 +11,7 @@ from flax import nnx
 
 from latent_jax.analysis import geometry, imagination
 from latent_jax.data import budgeting, pipeline
+from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
 from latent_jax.models.weights import Structure
 from latent_jax.state import new_model
@@ -103,9 +104,17 @@ def test_chunks_change_no_answer(facade, records, monkeypatch):
     assert imagination.answers(facade.model, examples, given).tolist() == whole.tolist()
 
 
+def test_records_that_cannot_be_laid_out_are_left_out_of_the_report(facade, records):
+    odd = [{**records[0], "captions": []}, {**records[1], "images": [b"no image"]}]
+    kept, examples = imagination.usable([odd[0], *records, odd[1]], small.config(), facade.codec)
+    assert kept == records and len(examples) == len(records)
+    with pytest.raises(UserError, match="record '.*': IndexError"):
+        imagination.usable(odd[:1], small.config(), facade.codec)
+
+
 def test_report_has_every_arm_and_the_geometry(facade, records):
     config = small.config()
-    examples = [facade.codec.lay_out(layout) for layout in imagination.caption_layouts(records, config)]
+    examples = [facade.codec.lay_out(imagination.caption_layout(record, config)) for record in records]
     budgets = budgeting.choose(examples, batch_size=4, window_patches=16, slots=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
     batches, ticks, seen = list(pipeline.batches(examples, budgets)), [0], []

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_jax.errors import UserError
-from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.runtime.checkpoints import Checkpoints, Damaged
 
 
 def sharded(count):
@@ -62,6 +62,14 @@ def test_layout_and_keep(saved):
     assert {"params", "optimizer", "iterator", "extra"} <= {path.name for path in (saved / "15").iterdir()}
 
 
+def test_what_is_no_directory_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(UserError, match=f"{name}: not a directory; expected a run's checkpoints"):
+            Checkpoints(tmp_path / name)
+
+
 def test_due():
     assert [step for step in range(1, 12) if Checkpoints("unused", every=5, read_only=True).due(step)] == [5, 10]
 
@@ -81,6 +89,16 @@ def test_parameters_alone_as_numpy(saved, state):
         assert checkpoints.extra(10) == {"fill": 0.5}
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
     assert_same(params, state["params"])
+
+
+def test_what_was_saved_before_numbers_were_checked_is_named(tmp_path):
+    state = {"params": {"w": jnp.array([1.0, jnp.nan])}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with pytest.raises(Damaged, match=r"1/params: w was not finite \(NaN or infinite\) when it was saved"):
+            checkpoints.restore(1, abstract(state))
+        assert np.isnan(checkpoints.restore_item(1, "params")["w"][1])  # to look at, or to convert
 
 
 def test_reading_needs_no_writing(saved, tmp_path):

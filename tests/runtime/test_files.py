@@ -32,6 +32,17 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_name_is_as_long_as_the_file_system_allows_and_errors_name_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / ("\N{HIRAGANA LETTER A}" * 85)  # 255 bytes
+    files.write_text(path, "one")
+    assert os.listdir(tmp_path) == [path.name]
+    path = tmp_path / "directory"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as problem:
+        files.write_text(path, "")
+    assert problem.value.filename == str(path)
+
+
 def test_json_is_read_strictly_and_what_is_wrong_names_the_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
@@ -56,8 +67,9 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("fifo", "zero", "."):
-        with pytest.raises(UserError, match="not a regular file|Is a directory"):
+        with pytest.raises(UserError, match="not a regular file|Is a directory") as problem:
             files.read_bytes(tmp_path / name)
+        assert str(problem.value).startswith(f"{tmp_path / name}: ")
     for name in ("absent", "x" * 5000, "nul\0"):
         with pytest.raises(UserError):
             files.read_bytes(tmp_path / name)

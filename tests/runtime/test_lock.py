@@ -1,6 +1,8 @@
 """One writer a directory."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,3 +48,43 @@ def test_the_same_process_may_come_again(tmp_path):
     for _ in range(2):
         with lock.only_writer(tmp_path):
             pass
+
+
+def test_what_is_no_directory_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(UserError, match=f"{name}: not a directory"), lock.only_writer(tmp_path / name):
+            pass
+
+
+def test_a_directory_that_is_removed_meanwhile_does_not_hide_what_ended_the_run(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.only_writer(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        raise ZeroDivisionError
+
+
+def test_the_lock_of_a_directory_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
+    directory, take = tmp_path / "run", lock.taken
+
+    def late(descriptor):
+        # Between opening and locking: whoever held it ends, and takes the new directory along.
+        monkeypatch.setattr(lock, "taken", take)
+        shutil.rmtree(directory)
+        return take(descriptor)
+
+    monkeypatch.setattr(lock, "taken", late)
+    with lock.only_writer(directory):
+        assert os.listdir(directory) == [lock.NAME]
+        with pytest.raises(UserError, match="another process writes to it"):
+            lock.only_writer(directory).__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_locks_keeps_nobody_out(number, tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    with lock.only_writer(tmp_path), lock.only_writer(tmp_path):
+        pass

@@ -1,6 +1,7 @@
 """metrics.jsonl: whole lines, cut to the restored step; TensorBoard events without TensorFlow."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,6 +70,33 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"stp": 2}\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a JSON object with a 'step'"):
         Metrics(tmp_path, 3, tensorboard=False)
+
+
+@pytest.mark.parametrize("line", ['{"step": null}', '{"step": "x"}', "[" * 100_000, "7", '{"step": 1e999}'])
+def test_whatever_a_line_holds_it_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a JSON object with a 'step'"):
+        Metrics(tmp_path, 3, tensorboard=False)
+
+
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file"):
+        Metrics(tmp_path, tensorboard=False)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "events.out"])
+def test_a_full_disk_names_the_file(file, tmp_path):
+    code = (
+        "import resource, signal, sys; from latent_jax.runtime.metrics import Metrics\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"log = Metrics({str(tmp_path)!r}, tensorboard={file != 'metrics.jsonl'})\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({10 if file == 'metrics.jsonl' else 60},) * 2)\n"
+        "try:\n    with log: log.write(1, {'a': 0.25})\n"
+        "except OSError as problem: print(problem.filename)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.stdout.startswith(str(tmp_path / file)), ended.stderr
 
 
 def test_due_and_hosts_that_are_not_the_primary(tmp_path):

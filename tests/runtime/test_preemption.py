@@ -76,3 +76,13 @@ def test_a_signal_that_came_before_counts_when_all_is_saved(capfd):
         assert asked() and asked.number == signal.SIGTERM
         asked.at_once("the export")
     assert capfd.readouterr().err.startswith("\nSIGTERM: finishing this; again to stop at once\n")
+
+
+def test_a_library_that_turns_the_stop_into_an_error_does_not_hide_it():
+    with pytest.raises(Stopped) as ended, preemption.watch() as asked:
+        asked.at_once("the report")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise RuntimeError("INTERNAL: callback failed") from None
+    assert ended.value.code == 128 + signal.SIGTERM

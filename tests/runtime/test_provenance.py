@@ -41,6 +41,12 @@ def test_commit_with_a_mark_for_changed_files(tmp_path, monkeypatch):
     assert provenance.git_commit() == commit + "+"
 
 
+def test_changed_files_alone_are_another_commit(monkeypatch):
+    monkeypatch.setattr(provenance, "git_commit", lambda: "0123456789abcdef+")
+    (line,) = provenance.changes({"git_commit": "0123456789abcdef"})
+    assert "commit 0123456789ab -> 0123456789ab+;" in line
+
+
 def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
     checkout(tmp_path / "site-packages", monkeypatch)
     git(tmp_path, "init", "--quiet")
