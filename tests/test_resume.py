@@ -11,6 +11,7 @@ import pytest
 
 from latent_jax import finish, train
 from latent_jax.analysis import imagination
+from latent_jax.data import sources
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
@@ -214,6 +215,17 @@ def test_a_missing_held_out_split_is_told_once_at_the_start(scenes, tmp_path):
     assert "config.data.holdout=N keeps N records of the training split for it" in line
     said, model, codec = [], mock.Mock(spec=LatentVLM), mock.Mock(spec=Codec)
     assert imagination.run(model, config, codec, tmp_path, said.append) == {} and not said
+
+
+def test_a_damaged_held_out_split_ends_the_run_before_it_counts_as_finished(scenes, tmp_path, monkeypatch):
+    def damaged(config):
+        raise sources.Damaged("shard: damaged: record 0")
+
+    monkeypatch.setattr(imagination, "lacking", lambda config: "")
+    monkeypatch.setattr(imagination, "held_out", damaged)
+    model, codec = mock.Mock(spec=LatentVLM), mock.Mock(spec=Codec)
+    with pytest.raises(UserError, match="shard: damaged: record 0.*the same command makes the report"):
+        imagination.run(model, config_of(scenes), codec, tmp_path, print)
 
 
 def test_held_out_records_are_not_trained_on(scenes):

@@ -44,12 +44,18 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     """Reports on the held-out split: says a table, what its words mean and what to try next, and writes
     `imagination.json` and two pictures into the workdir.
 
-    Where the data has no such split, reports nothing: `lacking` told of it before the first step.
+    Where the data has no such split, reports nothing: `lacking` told of it before the first step. Raises UserError
+    where it is damaged.
     """
     try:
         if lacking(config):
             return {}
         records, examples = usable(held_out(config), config, codec)
+    except sources.Damaged as problem:
+        raise UserError(
+            f"no report on held-out data: {problem}. All steps are done: once the data is mended, the same command "
+            "makes the report"
+        ) from None
     except UserError as problem:
         say(f"no report on held-out data: {problem}")
         return {}

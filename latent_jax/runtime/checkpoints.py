@@ -212,6 +212,9 @@ class Checkpoints:
         if not path.is_dir():
             there = sorted(one.name for one in path.parent.iterdir() if one.is_dir())
             raise Damaged(f"{path}: no item {name!r}; the checkpoint holds {', '.join(there) or 'nothing'}")
+        # Before TensorStore opens it: a pipe in a file's place would be waited for.
+        if odd := [each for each in sorted(path.rglob("*")) if not each.is_file() and not each.is_dir()]:
+            raise Damaged(f"{odd[0]}: not a regular file")
         return path
 
     def _metadata(self, step: int, name: str):

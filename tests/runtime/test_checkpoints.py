@@ -1,5 +1,6 @@
 """Checkpoints: a round trip on any mesh, partial reads, clear errors, and nothing half-written after a kill."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -161,6 +162,17 @@ def test_a_kill_during_a_save_leaves_only_whole_steps(tmp_path):
         checkpoints.save(before + 1, {"params": [jnp.zeros(2)]}, {})
         checkpoints.wait()
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": {"x": jnp.ones(3)}}, {})
+        checkpoints.wait()
+        file = next(path for path in (tmp_path / "1" / "params").rglob("*") if path.parent.name == "d")
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(Damaged, match=f"{file}: not a regular file"):
+            checkpoints.restore_item(1, "params")
 
 
 READER = """
