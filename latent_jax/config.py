@@ -190,8 +190,7 @@ def check_resume(old: Config | Evaluation, new: Config | Evaluation) -> list[str
     if refused:
         changes = ", ".join(f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused)
         raise UserError(f"this workdir was begun with another config: {changes}; use the old values or a new --workdir")
-    stretched = _shares_of_the_run(after)
-    if "train.steps" in differ and stretched:
+    if "train.steps" in differ and (stretched := _shares_of_the_run(after)):
         return [
             f"train.steps changes from {old.train.steps} to {new.train.steps}: {' and '.join(stretched)} "
             f"{'is' if len(stretched) == 1 else 'are'} stretched to it, so that numbers may jump where the run resumes"

@@ -75,10 +75,22 @@ class Train:
     accumulate: int = option(1, "micro-steps of a step", low=1, high=2**20)
     learning_rate: float = option(2e-4, "peak learning rate", low=0)
     head_learning_rate: float = option(0.0, "peak learning rate of the method's own heads; 0 = the same", low=0)
-    warmup: float = option(0.05, "fraction of the steps over which the learning rate rises from 0", low=0, high=1)
+    warmup: float = option(
+        0.05,
+        "fraction of the steps over which the learning rate rises to the peak, the first update by one share of it",
+        low=0,
+        high=1,
+    )
     schedule: str = option("cosine", "the learning rate after the warm-up", choices=("cosine", "linear", "constant"))
-    end_factor: float = option(0.1, "last learning rate over the peak", low=0, high=1)
-    weight_decay: float = option(0.1, "AdamW's decoupled decay, on matrices only", low=0)
+    end_factor: float = option(
+        0.1,
+        "what the learning rate falls towards, over the peak; the update after the last would have it",
+        low=0,
+        high=1,
+    )
+    weight_decay: float = option(
+        0.1, "AdamW's decoupled decay, on matrices only (no norms, biases, slot embeddings)", low=0
+    )
     clip: float = option(1.0, "largest global gradient norm; 0 = no clipping", low=0)
     beta1: float = option(0.9, "AdamW's first moment decay", low=0, high=1)
     beta2: float = option(0.95, "AdamW's second moment decay", low=0, high=1)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax import config as schema
+from latent_jax.benchmarks.settings import Evaluation
 from latent_jax.errors import UserError
 from latent_jax.fields import option
 from latent_jax.settings import Config, Train
@@ -183,6 +184,10 @@ def test_resume_refuses_every_key_that_changes_numbers():
     named = "config.train.learning_rate (0.0002 -> 1e-05), config.loss.similarity ('cosine' -> 'l2');"
     assert named in str(raised.value)
     assert "log" not in str(raised.value) and "threads" not in str(raised.value)
+
+
+def test_an_evaluation_goes_on_with_the_settings_that_it_began_with():
+    assert schema.check_resume(Evaluation(), Evaluation()) == []
 
 
 def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():

@@ -24,7 +24,7 @@ from latent_jax.config import default
 from latent_jax.errors import UserError
 
 def get_config(variant=""):
-    config = default("fake")
+    config = default("stand_in")
     config.train.steps = 7
     if variant == "oops":
         config.train.batch_sise = 1
@@ -36,7 +36,7 @@ def get_config(variant=""):
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    module = types.ModuleType("latent_jax.methods.fake")
+    module = types.ModuleType("latent_jax.methods.stand_in")
     module.SECTIONS = {"loss": Loss}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     # config_flags loads every config file under this one name, on top of what the last one left there.

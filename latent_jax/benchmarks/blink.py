@@ -91,7 +91,7 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
     if place is None:
         place = letters.leading(reply, choices)
     if place is None and scorer == "official":
-        place = _only_marked(reply, len(choices))
+        place = _only_marked(reply, choices)
     found = letters.letter(place)
     if scorer == "lmms_eval":
         found = lmms_eval.agreed(found, lmms_eval.blink(reply))
@@ -123,8 +123,8 @@ def _names(choices: Sequence[str]) -> list[str]:
     return [f"({name})" for name in letters.offered(len(choices))]
 
 
-def _only_marked(text: str, count: int) -> int | None:
-    found = (letters.only_marked(part, count, small=False) for part in (text.strip().rpartition("\n\n")[2], text))
+def _only_marked(text: str, choices: Sequence[str]) -> int | None:
+    found = (letters.only_marked(part, choices, small=False) for part in (text.strip().rpartition("\n\n")[2], text))
     return next((place for place in found if place is not None), None)
 
 

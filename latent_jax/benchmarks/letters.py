@@ -67,10 +67,14 @@ def announced(reply: str, choices: Sequence[str]) -> int | None:
     return places.pop() if len(places) == 1 else None
 
 
-def only_marked(reply: str, count: int, *, small: bool = True) -> int | None:
-    """The one offered letter in parentheses; None where there are several."""
-    places = marked(reply, count, small=small)
-    return places.pop() if len(places) == 1 else None
+def only_marked(reply: str, choices: Sequence[str], *, small: bool = True) -> int | None:
+    """The one offered letter in parentheses; None where there are several, or where the reply begins with another
+    letter: "B is closer than (A)." does not answer A."""
+    places = marked(reply, len(choices), small=small)
+    rest = _MARKED.sub("", reply).replace("*", "").strip()
+    first = _SPOKEN.match(rest)
+    begun = _place(first, len(choices)) if first else leading(rest, choices)
+    return places.pop() if len(places) == 1 and begun in (None, *places) else None
 
 
 def _place(match: re.Match, count: int) -> int | None:

@@ -62,7 +62,7 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
     if place is None and scorer == "lmms_eval":
         place = letters.announced(reply, options)
     if place is None:
-        place = letters.only_marked(reply, len(options))
+        place = letters.only_marked(reply, options)
     found = letters.letter(place)
     if scorer == "lmms_eval":
         found = lmms_eval.agreed(found, lmms_eval.mmvp(reply))

@@ -61,7 +61,7 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
     place = letters.leading(reply, choices)
     if place is None and scorer == "lmms_eval":
         place = letters.announced(reply, choices)
-    found = letters.letter(letters.only_marked(reply, len(choices)) if place is None else place)
+    found = letters.letter(letters.only_marked(reply, choices) if place is None else place)
     return lmms_eval.agreed(found, lmms_eval.vstar(reply)) if scorer == "lmms_eval" else found
 
 

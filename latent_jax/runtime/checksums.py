@@ -60,7 +60,8 @@ def _sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _host(array: np.ndarray) -> tuple[int, int, bool]:
-    words = np.ascontiguousarray(array).reshape(-1).view(_WORDS[array.dtype.itemsize])
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    words = array.reshape(-1).view(_WORDS[array.dtype.itemsize])
     pieces = range(0, len(words), _PIECE)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
         parts = list(pool.map(functools.partial(_piece, words, _EXPONENT.get(array.dtype.name)), pieces))

@@ -46,6 +46,19 @@ def test_as_the_reference_reads(reply, count):
     assert letters.announced(reply, choices) == scorers.announced(reply, choices)
     for small in (True, False):
         assert letters.marked(reply, count, small=small) == scorers.parenthesised(reply, count, small)
+        assert letters.only_marked(reply, choices, small=small) == scorers.only_parenthesised(reply, choices, small)
+
+
+CLOSER = ["A is closer", "B is closer"]
+
+
+@pytest.mark.parametrize("begun", ["B is closer than (A).", "B, not (A).", "B. (A) is wrong.", "B: not (A)", "B (A)"])
+def test_a_letter_that_a_reply_begins_with_is_not_turned_into_the_other(begun):
+    """None or B, never A, though (A) is the only letter in parentheses."""
+    swapped = begun.translate(str.maketrans("AB", "BA"))
+    for reply, other in ((begun, 0), (swapped, 1)):
+        assert letters.only_marked(reply, CLOSER) is None and letters.leading(reply, CLOSER) != other
+    assert letters.only_marked("A possible answer is (B).", CHOICES) == 1  # the article
 
 
 @given(replies())

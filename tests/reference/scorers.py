@@ -131,14 +131,33 @@ def spoken(text: str, choices: list[str]) -> int | None | str:
     return "nothing"
 
 
+def only_parenthesised(reply: str, choices: list[str], small: bool = True) -> int | None:
+    """The single letter in parentheses, unless what is left without parentheses begins with another."""
+    found = parenthesised(reply, len(choices), small)
+    if len(found) != 1:
+        return None
+    kept = ""
+    while reply:
+        alone = not kept[-1:] or not is_word(kept[-1])
+        letter = reply[:1] == "(" and reply[2:3] == ")" and reply[1].isascii() and reply[1].isalpha()
+        if letter and alone and not is_word(reply[3:4] or " "):
+            kept, reply = kept + "\0", reply[3:]
+        else:
+            kept, reply = kept + reply[0], reply[1:]
+    kept = kept.replace("\0", "").replace("*", "").strip()
+    begun = spoken(kept, choices)
+    if begun == "nothing" or begun is None:
+        begun = leading(kept, choices)
+    return found.pop() if begun is None or begun in found else None
+
+
 def one_of_two_letters(reply: str, choices: list[str], scorer: str) -> int | None:
     """V* and MMVP: the reply's beginning; then (lmms_eval) what it announces; then its only letter in parentheses."""
     found = leading(reply, choices)
     if found is None and scorer == "lmms_eval":
         found = announced(reply, choices)
     if found is None:
-        marked = parenthesised(reply, len(choices))
-        found = marked.pop() if len(marked) == 1 else None
+        found = only_parenthesised(reply, choices)
     if scorer == "lmms_eval":
         theirs = lmms_letters.vstar(reply) if len(choices) > 2 else lmms_letters.mmvp(reply)
         return as_lmms_eval_too(found, theirs)
@@ -271,9 +290,8 @@ def blink_letter(question: dict, reply: str, scorer: str) -> int | None:
         if (place := leading(reply, choices)) is not None:
             return place
         for part in (text.split("\n\n")[-1], text):
-            marked = parenthesised(part, len(choices), small=False)
-            if len(marked) == 1:
-                return marked.pop()
+            if (place := only_parenthesised(part, choices, small=False)) is not None:
+                return place
         return None
     return as_lmms_eval_too(leading(reply, choices), lmms_letters.blink(reply))
 
