@@ -71,7 +71,7 @@ def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, R
     asked, rows = {item.id: item for item in items}, {}
     whole = 0
     # Not splitlines, which also ends a line at a carriage return that damage put there.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+    for number, line in enumerate(files.read_bytes(path).split(b"\n")[:-1] if path.exists() else [], 1):
         whole += len(line) + 1
         where = f"{path}:{number}"
         found, undamaged = _line(line, where)
