@@ -118,6 +118,8 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": f"{tmp_path}:.", "PATH": "/usr/bin:/bin"},
+        # A shell starts what runs in the background with the signal ignored, and so its tests' children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
