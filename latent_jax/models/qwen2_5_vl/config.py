@@ -108,6 +108,11 @@ class Config:
                 f"vision_config.out_hidden_size is {self.vision.out_hidden_size}, expected the language model's "
                 f"hidden_size {self.text.hidden_size}"
             )
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            if getattr(self, name) >= self.text.vocab_size:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, expected less than vocab_size {self.text.vocab_size}"
+                )
 
 
 def from_json(source: dict | str | Path) -> Config:
@@ -129,6 +134,8 @@ def from_json(source: dict | str | Path) -> Config:
 def _config(source: dict) -> Config:
     if source.get("model_type") != "qwen2_5_vl":
         raise UserError(f"model_type is {fields.shown(source.get('model_type'))}, expected 'qwen2_5_vl'")
+    if source.get("quantization_config"):
+        raise UserError("quantization_config: a quantised checkpoint; expected the one that it was made from")
     ids = {**_section(source, "text_config"), **{key: value for key, value in source.items() if value is not None}}
     return Config(
         text=_text(source),

@@ -128,6 +128,9 @@ def test_defaults_of_what_the_vision_config_lacks(absent):
     ("change", "word"),
     [
         ({"model_type": "qwen2_vl"}, "qwen2_5_vl"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"image_token_id": 2**23}, "image_token_id is 8388608, expected less than vocab_size"),
+        ({"vision_end_token_id": 2**23}, "vision_end_token_id is 8388608, expected less than vocab_size"),
         ({"hidden_size": None}, "hidden_size"),
         ({"image_token_id": None}, "image_token_id"),
         ({"vision_config": None}, "vision_config"),
