@@ -112,14 +112,17 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
         "            time.sleep(20)\n"
         "sys.meta_path.insert(0, Slow())\n"
     )
+    # A shell starts what runs in the background with the signal ignored, and its tests' children would inherit that.
+    program = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'latent_jax.main'])"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "latent_jax.main"],
+        [sys.executable, "-S", "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={"PYTHONPATH": f"{tmp_path}:.", "PATH": "/usr/bin:/bin"},
-        # A shell starts what runs in the background with the signal ignored, and so its tests' children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
