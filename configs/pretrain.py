@@ -6,7 +6,7 @@ r"""Latent pretraining: captions teach the language model to predict its own vis
 
 The first trains the embedded model on the embedded scenes (`make pretrain`): expect a cosine of .89 on informative and
 on empty held-out cells, recall@1 .96 (chance .004), and an imagined probe of 62 % beside 25 over mean latents, in a
-minute on two CPU cores. Answers over true images get worse (86.8 to 76.4 %), and no gain after fine-tuning was found.
+minute on two CPU cores. Answers over true images get worse (86.8 to 76.1 %), and no gain after fine-tuning was found.
 The others start from the published checkpoints and have not been run at full size yet.
 
 On your own photos no numbers are known, and those of scenes are no measure: their captions say all that is in the
