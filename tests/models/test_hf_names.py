@@ -104,7 +104,8 @@ def test_both_directions_undo_each_other_for_any_sizes(data):
         window_size=2 * patch,
         out_hidden_size=text.hidden_size,
     )
-    config = dataclasses.replace(base, text=text, vision=vision)
+    ids = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 0)
+    config = dataclasses.replace(base, text=text, vision=vision, **ids)
     for weight in hf_names.weights(config):
         theirs = np.random.default_rng(0).random(weight.published_shape(config), np.float32)
         ours = weight.to_ours(theirs, config)
