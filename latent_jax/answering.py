@@ -91,12 +91,11 @@ def checksum(path: str) -> dict:
     """
     from latent_jax.assets import TINY_VL
     from latent_jax.models import hf_io, sums  # jax: only when a model is asked for
-    from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir, named_step
+    from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir, named_step, steps
 
     root, step = named_step(path) if path else (None, None)
     if root and (step is not None or is_workdir(root)):
-        steps = [int(folder.name) for folder in (root / CHECKPOINTS).iterdir() if folder.name.isdecimal()]
-        step = max(steps, default=None) if step is None else step
+        step = max(steps(root), default=None) if step is None else step
         folders = [root / ORIGIN, *([root / CHECKPOINTS / str(step)] if step is not None else [])]
         files = [file for folder in folders for file in folder.rglob("*")]
         files = [file for file in files if file.is_file()]

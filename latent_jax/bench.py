@@ -64,6 +64,10 @@ def measure_time(options: argparse.Namespace) -> int:
         options.layers = options.layers or 2
     if options.examples not in ("captions", "questions", "mixed", "views"):
         raise UserError(f"--examples: got {options.examples!r}, expected captions, questions, mixed or views")
+    if options.against == "torch":
+        if options.what == "checkpoint":
+            raise UserError("--what=checkpoint: nothing to compare with but ourselves; expected --against=none")
+        timing.need_torch(f"--what={options.what} --against=torch", "--against=none goes without; or ")
     before = timing.circumstances()
     report = importlib.import_module(f"latent_jax.measure.{options.what}").measure(options)
     after = timing.circumstances()["load_average"]

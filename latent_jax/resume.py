@@ -19,8 +19,7 @@ def check_begun(config, directory: Path) -> None:
     """
     if (directory / workdir.CONFIG).exists():
         schema.check_resume(schema.read(directory / workdir.CONFIG)[0], config)
-    folder = directory / workdir.CHECKPOINTS
-    done = max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+    done = max(workdir.steps(directory), default=0)
     if done > config.train.steps:
         raise UserError(
             f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {done}; "

@@ -77,6 +77,11 @@ class Run:
         return None if section is None else dataclasses.asdict(section)
 
 
+def steps(directory: str | Path) -> list[int]:
+    """Of a workdir's checkpoints, oldest first: by their names, without opening any."""
+    return sorted(int(path.name) for path in (Path(directory) / CHECKPOINTS).glob("*") if path.name.isdecimal())
+
+
 def named_step(path: str | Path) -> tuple[Path, int | None]:
     """(workdir, step) of a path WORKDIR/checkpoints/STEP; (the path, None) of any other."""
     resolved = Path(os.path.realpath(path))

@@ -21,7 +21,7 @@ from latent_jax.evaluate import Backend
 from latent_jax.models import hf_io
 from tests.faults.inject import injure
 from tests.reference import benchmark_records as records
-from tests.test_evaluate import PIXELS, REPLIES, Fake, by_colour, config, error, finished, lines
+from tests.test_evaluate import PIXELS, REPLIES, STAND_IN, Fake, by_colour, config, error, finished, lines
 
 
 @pytest.fixture
@@ -259,16 +259,8 @@ def test_a_signal_in_the_last_batch_is_too_late(asked_of, tmp_path):
     assert found["n"] == 18 and (tmp_path / "results.json").exists()
 
 
-SCRIPT = """
-import sys, time
-from latent_jax import config as schema, evaluate
+SCRIPT = f"""{STAND_IN}
 from latent_jax.command import command
-from latent_jax.evaluate import Backend
-from tests.reference import benchmark_records as records
-
-evaluate.sources.split_names = lambda name, path: ["test"]
-evaluate.sources.open_source = lambda name, path, split: records.gqa(40)
-evaluate.sources.fingerprint = lambda name, path, split: "records"
 
 def answer(conversations, tokens):
     time.sleep(0.05)
@@ -276,8 +268,6 @@ def answer(conversations, tokens):
 
 @command
 def main():
-    config = schema.default_evaluation()
-    config.data.path, config.evaluate.batch_size = "there", 2
     evaluate.run(schema.resolve(config), sys.argv[1], lambda c: Backend(answer, dict(min_pixels=1, max_pixels=2)))
 
 main()

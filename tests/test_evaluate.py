@@ -166,8 +166,9 @@ def test_a_longer_evaluation_keeps_the_shorter_ones_replies(data, tmp_path):
     assert "question 12 is not one of the 5 that are asked now" in error(config(evaluate__examples=5), tmp_path, fake)
 
 
-SCRIPT = """
-import os, sys, time
+# Begins a program of its own: 120 questions in the place of prepared data.
+STAND_IN = """
+import sys, time
 from latent_jax import config as schema, evaluate
 from latent_jax.evaluate import Backend
 from tests.reference import benchmark_records as records
@@ -175,15 +176,16 @@ from tests.reference import benchmark_records as records
 evaluate.sources.split_names = lambda name, path: ["testdev"]
 evaluate.sources.open_source = lambda name, path, split: records.gqa(40)
 evaluate.sources.fingerprint = lambda name, path, split: "records"
-
+config = schema.default_evaluation()
+config.data.path, config.evaluate.batch_size = "there", 2
+"""
+SCRIPT = f"""{STAND_IN}
 def answer(conversations, tokens):
     time.sleep(0.02)
     with open(sys.argv[2], "a") as file:
         file.writelines(turns[0]["content"][-1]["text"].splitlines()[0] + "\\n" for turns in conversations)
     return ["red"] * len(conversations)
 
-config = schema.default_evaluation()
-config.data.path, config.evaluate.batch_size = "there", 2
 evaluate.run(schema.resolve(config), sys.argv[1], lambda c: Backend(answer, dict(min_pixels=1, max_pixels=2)))
 """
 

@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import json
 import shlex
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -89,7 +88,7 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     lines = [*table(found), *legend(found), *failed]
     if made:
         lines += [f"pictures: {', '.join(str(directory / name) for name in made)}"]
-    for line in [*lines, *advice(records[0], config, directory, found)]:
+    for line in [*lines, *advice(records[0], config, directory, found.get("probe/imagined"))]:
         say(line)
     return found
 
@@ -208,14 +207,14 @@ def legend(found: dict[str, float]) -> list[str]:
     return lines
 
 
-def advice(record: dict, config, directory: Path, found: Mapping[str, float] = types.MappingProxyType({})) -> list[str]:
-    """What to try next: commands as they can be typed."""
+def advice(record: dict, config, directory: Path, answered: float | None = None) -> list[str]:
+    """What to try next: commands as they can be typed. `answered`: percent of such questions, where it is known."""
     told = _plain(record["captions"][0])[:200]
     asked = record["questions"][0] if record["questions"] else {"question": "Describe the image."}
     words = (f"--model={directory}", f"--imagine={told}", f"--prompt={_plain(asked['question'])}")
     right = f"  # right: {_plain(asked['answer'])}" if "answer" in asked else ""
-    if right and "probe/imagined" in found:
-        right += f"; of such questions it answers {found['probe/imagined']:.0f} %"
+    if right and answered is not None:
+        right += f"; of such questions it answers {answered:.0f} %"
     lines = ["try next:", f"  python -m latent_jax.generate {' '.join(map(shlex.quote, words))}{right}"]
     if config.checkpoint.export and record["questions"]:
         path = shlex.quote(f"--config.model.path={directory / 'hf'}")

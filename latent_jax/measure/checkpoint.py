@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from latent_jax.errors import UserError
 from latent_jax.measure import models, timing
 from latent_jax.measure.timing import Report
 from latent_jax.models import hf_io
@@ -27,8 +26,6 @@ def measure(options) -> Report:
 
     A save is timed until the loop may go on, and until the disk has it; files lie in the page cache all the same.
     """
-    if options.against == "torch":
-        raise UserError("--what=checkpoint: nothing to compare with but ourselves; expected --against=none")
     width = options.width or (0 if options.model else WIDTH)
     with (
         models.checkpoint(options.model, width, options.layers or LAYERS) as directory,

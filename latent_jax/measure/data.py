@@ -26,7 +26,6 @@ def measure(options) -> Report:
     ours, cores = partial(_ours, spec=images.ImageSpec()), timing.cores()
     sides = {"ours": lambda: [ours(file) for file in files]}
     if options.against == "torch":
-        timing.need_torch("--what=data --against=torch")
         processor = theirs.image_processor()
         sides["transformers"] = lambda: [_theirs(file, processor) for file in files]
     times = timing.alternate(sides, options.repeats)

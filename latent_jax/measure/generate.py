@@ -30,8 +30,6 @@ def conversations(count: int) -> list[list[dict]]:
 
 def measure(options) -> Report:
     """Both from laid-out prompts to token ids; ours also from messages to text."""
-    if options.against == "torch":
-        timing.need_torch("--what=generate --against=torch")
     devices = models.devices()
     with models.checkpoint(options.model, options.width, options.layers) as directory:
         loaded = vlm.load(directory, "float32", devices if len(devices) > 1 else None)

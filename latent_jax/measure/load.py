@@ -53,8 +53,6 @@ def anonymous() -> int:
 
 def measure(options) -> Report:
     """Files lie in the page cache after the first round: this is the cost of the code, not of the disk."""
-    if options.against == "torch":
-        timing.need_torch("--what=load --against=torch")
     width = options.width or (0 if options.model else WIDTH)
     with (
         models.checkpoint(options.model, width, options.layers or LAYERS) as directory,

@@ -46,8 +46,6 @@ class Batch:
 
 
 def measure(options) -> Report:
-    if options.against == "torch":
-        timing.need_torch("--what=step --against=torch")
     config = _config(options)
     mesh = sharding.make_mesh(-1, 1, 1, models.devices())
     with models.checkpoint(options.model, options.width, options.layers) as directory:

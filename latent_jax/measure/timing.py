@@ -78,12 +78,11 @@ def circumstances() -> dict:
     }
 
 
-def need_torch(asked: str) -> None:
+def need_torch(asked: str, instead: str = "") -> None:
     """Raises UserError where torch is absent. The hint: a plain install of it may bring gigabytes of CUDA along."""
     if importlib.util.find_spec("torch") is None:
-        other = "--against=none goes without; or " if "--against" in asked else ""
         raise UserError(
-            f"{asked}: torch is not installed; {other}install its CPU build first, by the command that "
+            f"{asked}: torch is not installed; {instead}install its CPU build first, by the command that "
             "https://pytorch.org gives for CPU, then pip install -c constraints.txt -e '.[bench]'"
         )
 
