@@ -78,8 +78,9 @@ class Checkpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:
+            _remove_unfinished(self.directory)
             policy = ocp.checkpoint_managers.LatestN(keep or None)
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
@@ -268,6 +269,15 @@ class Checkpoints:
             raise Damaged(f"{file}: {problem}") from None
         except UserError as problem:
             raise Damaged(str(problem)) from None
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what a killed save left. Orbax would do it in a thread that only the next save waits for: a command that
+    saves nothing may end first, and then the thread fails and the folders stay."""
+    if hosts.primary() and directory.exists():
+        for path in sorted(directory.iterdir()):
+            if ocp.utils.TMP_DIR_SUFFIX in path.name and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
 
 def _on_all_hosts(path: Path, read: Callable):

@@ -1,6 +1,7 @@
 """Checkpoints: a round trip on any mesh, partial reads, clear errors, and nothing half-written after a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -162,6 +164,36 @@ def test_a_kill_during_a_save_leaves_only_whole_steps(tmp_path):
         checkpoints.save(before + 1, {"params": [jnp.zeros(2)]}, {})
         checkpoints.wait()
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+# A disk that answers late: what Orbax lists in a thread of its own comes after the program's last line.
+ENDING = """
+import sys, time
+from pathlib import Path
+from orbax.checkpoint._src.path import async_path
+exists = async_path.exists
+async def late(path):
+    time.sleep(1)
+    return await exists(path)
+async_path.exists = late
+from latent_jax.runtime.checkpoints import Checkpoints
+import logging
+logging.getLogger("absl").filters.clear()
+checkpoints = Checkpoints(sys.argv[1])
+if sys.argv[2] == "close":
+    checkpoints.close()
+print(sorted(path.name for path in Path(sys.argv[1]).iterdir()), checkpoints.steps())
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "return"])
+def test_a_program_that_saves_nothing_clears_what_a_kill_left_and_ends_in_silence(saved, tmp_path, end):
+    directory = shutil.copytree(saved, tmp_path / "run")
+    unfinished = directory / f"20{ocp.utils.TMP_DIR_SUFFIX}"
+    shutil.copytree(directory / "15", unfinished)
+    done = subprocess.run([sys.executable, "-c", ENDING, str(directory), end], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("['10', '15'] [10, 15]\n", "", 0)
+    assert not unfinished.exists()
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
