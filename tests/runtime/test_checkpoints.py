@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_jax.errors import UserError
+from latent_jax.runtime import files
 from latent_jax.runtime.checkpoints import Checkpoints, Damaged
 
 
@@ -102,6 +103,32 @@ def test_what_was_saved_before_numbers_were_checked_is_named(tmp_path):
         with pytest.raises(Damaged, match=r"1/params: w was not finite \(NaN or infinite\) when it was saved"):
             checkpoints.restore(1, abstract(state))
         assert np.isnan(checkpoints.restore_item(1, "params")["w"][1])  # to look at, or to convert
+
+
+def test_what_another_step_saved_is_damage(saved, state, tmp_path):
+    """Each part is whole by itself: nothing but the step and the parts' sums tells."""
+    iterator, step = shutil.copytree(saved, tmp_path / "iterator"), shutil.copytree(saved, tmp_path / "step")
+    shutil.copy(iterator / "10" / "iterator" / "metadata", iterator / "15" / "iterator" / "metadata")
+    with Checkpoints(iterator) as checkpoints:
+        with pytest.raises(Damaged, match="15/iterator: is of another checkpoint than 15"):
+            checkpoints.restore(15, abstract(state))
+        assert checkpoints.restore(10, abstract(state))[1] == {"next": 10}
+    shutil.rmtree(step / "15")
+    (step / "10").rename(step / "15")
+    with Checkpoints(step) as checkpoints, pytest.raises(Damaged, match="metadata: was saved as step 10, not 15"):
+        checkpoints.restore(15, abstract(state))
+
+
+def test_what_was_saved_before_the_parts_were_bound_is_read(tmp_path, state, monkeypatch):
+    with monkeypatch.context() as earlier:
+        sealed = files.sealed
+        drop = lambda document: {name: value for name, value in document.items() if name != "saved_as"}
+        earlier.setattr(files, "sealed", lambda document: sealed(drop(document)))
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(3, state, {"next": 3}, {"fill": 1})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert "saved_as" not in (tmp_path / "3" / "extra" / "metadata").read_text()
+        assert checkpoints.restore(3, abstract(state))[1:] == ({"next": 3}, {"fill": 1})
 
 
 def test_reading_needs_no_writing(saved, tmp_path):
