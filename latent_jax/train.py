@@ -56,11 +56,13 @@ def run(config, directory: str | Path) -> Summary:
     divide_cpu(config.mesh.cpu_devices)
     hosts.agree("config", comparable(config))
     enable_compile_cache()
-    with lock.only_writer(directory) if hosts.primary() else contextlib.nullcontext():
-        return _run(config, Path(directory))
+    with contextlib.ExitStack() as opened:
+        if hosts.primary():
+            opened.enter_context(lock.only_writer(directory))
+        return _run(config, Path(directory), opened)
 
 
-def _run(config, directory: Path) -> Summary:
+def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     method = importlib.import_module(f"latent_jax.methods.{config.method}")
     check_begun(config, directory)
 
@@ -101,9 +103,11 @@ def _run(config, directory: Path) -> Summary:
     # ------------------------------------------------------------ from which state
     keep_origin(config, origin, directory)
     setup = make_setup(config, method, model_config, mesh, dtypes)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
+    # Whatever ends the run, a save that was begun is finished.
+    checkpoints = opened.enter_context(
+        Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
+    )
     if (done := finished(checkpoints, config, directory)) is not None:
-        checkpoints.close()
         _teller(config)(f"finished: all {config.train.steps} steps are done; the results lie in {directory}")
         return Summary(config.train.steps, 0, 0, done)
     state, batches_state, extra, told = restore(checkpoints, setup, directory)
@@ -123,7 +127,6 @@ def _run(config, directory: Path) -> Summary:
     # ------------------------------------------------------------ by which step, for how long
     first = int(state.step)
     with (
-        checkpoints,  # whatever ends the run, a save that was begun is finished
         contextlib.closing(batches),
         Metrics(directory, first, config.log.every, config.log.tensorboard, primary, extra.get("metrics")) as metrics,
         Progress(config.train.steps, first, config.log.progress, mute=not primary) as progress,

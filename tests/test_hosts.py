@@ -19,12 +19,10 @@ from latent_jax import config as schema
 from latent_jax import train, workdir
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.models import hf_io
-from latent_jax.runtime import metrics
-from tests.reference import small
+from tests.reference import small, untimed
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, MORE_STEPS, TIMEOUT = 6, 16, 10
-TIMED = {"step_seconds", "tokens_per_second", "data_wait_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,9 @@ class Hosts:
         while True:
             # What it says first, it says with the lines of an earlier life already cut back to its checkpoint.
             resumed = re.search(r"resuming after step (\d+)|( weights trained)", self.log.read_text())
-            if resumed and any(line["step"] >= int(resumed[1] or 0) + count for line in lines(self.directory)):
+            if resumed and any(
+                line["step"] >= int(resumed[1] or 0) + count for line in untimed.metrics(self.directory)
+            ):
                 return self
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < patience, self.log.read_text()
@@ -85,15 +85,9 @@ class Hosts:
         os.kill(int(re.search(rf"host {host}: process (\d+)", self.log.read_text())[1]), number)
 
 
-def lines(directory: Path) -> list[dict]:
-    file = directory / "metrics.jsonl"
-    found = metrics.read(file) if file.exists() else []
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
-
-
 def assert_same_to_rounding(left: Path, right: Path) -> None:
     """The same data in the same order, and numbers that differ by the order of their sums alone."""
-    for ours, theirs in zip(lines(left), lines(right), strict=True):
+    for ours, theirs in zip(untimed.metrics(left), untimed.metrics(right), strict=True):
         assert ours.keys() == theirs.keys()
         assert [ours[name] for name in ("step", "examples", "skipped")] == [
             theirs[name] for name in ("step", "examples", "skipped")
@@ -120,7 +114,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(settings, whole, tmp_pat
     directory, said = whole
     assert "mesh 1x8x1 (replica x fsdp x tp) of cpu on 2 hosts" in said
     assert said.count("HF checkpoint:") == 1 and said.count("no report on held-out data") == 1, "one host speaks"
-    assert [line["step"] for line in lines(directory)] == list(range(1, STEPS + 1)), "one host writes"
+    assert [line["step"] for line in untimed.metrics(directory)] == list(range(1, STEPS + 1)), "one host writes"
 
     alone = tmp_path / "alone"
     train.run(settings[0], alone)
@@ -138,14 +132,14 @@ def test_hosts_end_together_and_go_on_to_the_bit(settings, tmp_path):
     whole, broken, file = tmp_path / "whole", tmp_path / "broken", tmp_path / "config.py"
     file.write_text(settings[1].read_text().replace(f"'steps': {STEPS},", f"'steps': {MORE_STEPS},"))
     hosts = Hosts(file, whole, 2, 4)
-    assert "HF checkpoint:" in hosts.ended() and lines(whole)[-1]["step"] == MORE_STEPS
+    assert "HF checkpoint:" in hosts.ended() and untimed.metrics(whole)[-1]["step"] == MORE_STEPS
 
     # SIGTERM at one of them: all stop after the same step.
     hosts = Hosts(file, broken, 2, 4).after_steps(1)
     hosts.send(signal.SIGTERM, 1)
     said = hosts.ended()
     assert hosts.process.returncode == 128 + signal.SIGTERM, said
-    stopped = lines(broken)[-1]["step"]
+    stopped = untimed.metrics(broken)[-1]["step"]
     assert stopped < MORE_STEPS and said.count(f"stopped after step {stopped};") == 1, said
     assert (broken / "checkpoints" / str(stopped)).is_dir()
 
@@ -166,7 +160,7 @@ def test_hosts_end_together_and_go_on_to_the_bit(settings, tmp_path):
     hosts = Hosts(file, broken, 2, 4)
     said = hosts.ended()
     assert hosts.process.returncode == 0 and "resuming after step" in said, said
-    assert lines(broken) == lines(whole)
+    assert untimed.metrics(broken) == untimed.metrics(whole)
     got, want = workdir.Run.of(broken).arrays(), workdir.Run.of(whole).arrays()
     for path, array in want.items():
         np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(array), err_msg=path)
@@ -203,7 +197,7 @@ def test_what_one_host_cannot_read_back_all_fall_back_from(settings, whole, tmp_
     said = hosts.ended()
     assert hosts.process.returncode == 0, said
     assert f"checkpoint {STEPS} is damaged: moved into" in said and f"resuming after step {STEPS - 2}" in said
-    assert lines(directory) == lines(whole[0])
+    assert untimed.metrics(directory) == untimed.metrics(whole[0])
     # Every host knows that the step has to be written again.
     got, want = workdir.Run.of(directory).arrays(STEPS), workdir.Run.of(whole[0]).arrays(STEPS)
     for path, array in want.items():

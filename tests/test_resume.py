@@ -1,7 +1,6 @@
 """A run that is started again over what lies in its workdir: damaged, changed, finished, or held by another."""
 
 import dataclasses
-import json
 import shutil
 from unittest import mock
 
@@ -18,9 +17,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import lock, provenance
-from tests.reference import small
-
-CLOCK = {"step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "mfu_vision"}
+from tests.reference import small, untimed
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +55,6 @@ def stopped(whole, tmp_path):
     return directory
 
 
-def numbers(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
-
-
 def flip(folder, at=0.5):
     """Flips one bit in the largest file of a folder."""
     file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -82,7 +74,7 @@ def test_one_flipped_bit_is_told_with_the_newest_whole_step_and_fallen_back_from
         config = config_of(scenes)
         config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, fallback=True))
         train.run(config, stopped)
-        assert numbers(stopped) == numbers(whole)
+        assert untimed.metrics(stopped) == untimed.metrics(whole)
         assert [path.name for path in (stopped / "damaged_checkpoints").iterdir()] == ["3"]
 
 
@@ -111,7 +103,7 @@ def test_changed_metrics_are_told_and_missing_ones_are_done_without(stopped, who
         train.run(config_of(scenes), stopped)
     file.unlink()
     train.run(config_of(scenes), stopped)
-    assert numbers(stopped) == numbers(whole)[3:]
+    assert untimed.metrics(stopped) == untimed.metrics(whole)[3:]
 
 
 def test_another_dataset_at_the_same_place_is_refused(stopped, scenes, tmp_path):
@@ -166,7 +158,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_falls_back(whole, scene
         train.run(config, directory)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, fallback=True))
     assert train.run(config, directory).step == 4
-    assert numbers(directory) == numbers(whole)
+    assert untimed.metrics(directory) == untimed.metrics(whole)
 
 
 def test_a_finished_run_whose_metrics_were_changed_says_so(whole, scenes, tmp_path):

@@ -17,12 +17,10 @@ from latent_jax.errors import UserError
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import metrics
-from tests.reference import small
+from tests.reference import small, untimed
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 16
-# What is measured with a clock: the only numbers that may differ between two runs.
-TIMED = {"step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "mfu_vision"}
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +76,10 @@ def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None
         time.sleep(0.002)
 
 
-def lines(directory: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in metrics.read(directory / "metrics.jsonl")]
-
-
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_was_not(scenes, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(start(whole, scenes))
-    assert [line["step"] for line in lines(whole)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in untimed.metrics(whole)] == list(range(1, STEPS + 1))
 
     # SIGTERM as soon as steps run: saved, and a good end, soon.
     process = start(broken, scenes)
@@ -94,7 +88,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_was_not(scenes, tmp_p
     process.send_signal(signal.SIGTERM)
     said = finished(process, 128 + signal.SIGTERM)
     assert time.monotonic() - asked < 10
-    stopped = lines(broken)[-1]["step"]
+    stopped = untimed.metrics(broken)[-1]["step"]
     assert stopped < STEPS and f"stopped after step {stopped}; the same command goes on from there" in said
     assert (broken / "checkpoints" / str(stopped)).is_dir()
 
@@ -109,7 +103,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_was_not(scenes, tmp_p
 
     said = finished(start(broken, scenes))
     assert "resuming after step" in said
-    assert lines(broken) == lines(whole), f"killed at step {at}"
+    assert untimed.metrics(broken) == untimed.metrics(whole), f"killed at step {at}"
     got, want = workdir.Run.of(broken).arrays(), workdir.Run.of(whole).arrays()
     assert got.keys() == want.keys()
     for path, array in want.items():
@@ -139,8 +133,8 @@ def ran(scenes, tmp_path_factory):
 def test_a_whole_run_compiles_its_step_once(ran):
     _, directory, summary = ran
     assert summary == train.Summary(step=3, stopped=0, compiles=1, report={})
-    assert [line["step"] for line in lines(directory)] == [1, 2, 3]
-    assert all(np.isfinite(line["loss/total"]) and line["skipped"] == 0 for line in lines(directory))
+    assert [line["step"] for line in untimed.metrics(directory)] == [1, 2, 3]
+    assert all(np.isfinite(line["loss/total"]) and line["skipped"] == 0 for line in untimed.metrics(directory))
 
 
 def test_a_run_on_a_cpu_keeps_freed_memory(scenes, tmp_path, monkeypatch):

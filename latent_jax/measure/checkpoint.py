@@ -1,5 +1,6 @@
 """A run's checkpoints: written and read back with the checksums of their arrays and without, gigabytes a second."""
 
+import contextlib
 import functools
 import itertools
 import shutil
@@ -34,7 +35,9 @@ def measure(options) -> Report:
         state = _state(directory)
         if width:
             shutil.rmtree(directory)  # a random one of our own: its room is needed for what is measured
-        return _measure(options, state, Path(scratch))
+        with contextlib.ExitStack() as opened:
+            keep = lambda name: opened.enter_context(Checkpoints(Path(scratch) / name, keep=1))
+            return _measure(options, state, {name: keep(name) for name in ("with", "without")})
 
 
 def _state(directory: Path) -> dict:
@@ -43,13 +46,11 @@ def _state(directory: Path) -> dict:
     return {"trainable": weights, "opt_state": {"mu": scaled(0.1), "nu": scaled(0.01)}}
 
 
-def _measure(options, state: dict, scratch: Path) -> Report:
+def _measure(options, state: dict, stores: dict[str, Checkpoints]) -> Report:
     size, steps = sum(array.nbytes for array in jax.tree.leaves(state)), itertools.count(1)
     abstract = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state
     )
-    stores = {name: Checkpoints(scratch / name, keep=1) for name in ("with", "without")}
-
     held = {name: [] for name in stores}  # seconds until the loop may go on
 
     def save(name: str) -> None:
@@ -73,8 +74,6 @@ def _measure(options, state: dict, scratch: Path) -> Report:
         lines += [f"{what}:", *more]
     numbers["held_seconds"] = {name: statistics.median(seconds[1:]) for name, seconds in held.items()}
     lines += [f"a save holds the loop: {', '.join(f'{s:.2f} s {name}' for name, s in numbers['held_seconds'].items())}"]
-    for store in stores.values():
-        store.close()
     return Report(
         f"checkpoint: a state of {size / 1e9:.2f} GB, checksums of its arrays with and without", lines, numbers
     )

@@ -11,6 +11,7 @@ JSON item carries one of itself: what is read back is compared, so that a damage
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from latent_jax.runtime import checksums, files, hosts
 
 _JSON_ITEMS = ("iterator", "extra")
 _ARRAYS = "array_checksums"
+_SAVED_AS = "saved_as"  # the step, and the checksum of the iterator's document: none may come from another checkpoint
 DAMAGED = "damaged_checkpoints"
 
 
@@ -78,8 +80,9 @@ class Checkpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:
+            _remove_unfinished(self.directory)
             policy = ocp.checkpoint_managers.LatestN(keep or None)
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
@@ -122,7 +125,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-        extra = {**extra, _ARRAYS: dict(sums) if sums is not None else {n: checksums.of(t) for n, t in state.items()}}
+        extra = {
+            **extra,
+            _ARRAYS: dict(sums) if sums is not None else {n: checksums.of(t) for n, t in state.items()},
+            _SAVED_AS: {"step": step, "iterator": _sum(iterator_state)},
+        }
         documents = {"iterator": files.sealed(iterator_state), "extra": files.sealed(extra)}
         documents = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
         with self._writing():
@@ -138,9 +145,7 @@ class Checkpoints:
         that are not finite. Several hosts call this together, and what one of them cannot read, all raise.
         """
         step = self._existing(step)
-        documents = _on_all_hosts(
-            self.directory / str(step), lambda: {name: self._document(step, name) for name in _JSON_ITEMS}
-        )
+        documents = _on_all_hosts(self.directory / str(step), lambda: self._documents(step))
         restored = {name: self._restore(step, name, tree, finite=True) for name, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
@@ -260,14 +265,33 @@ class Checkpoints:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise Damaged(f"{self._item(step, name)}: {wrong[0]}{more} is not what was saved (checksum)")
 
+    def _documents(self, step: int) -> dict[str, dict]:
+        found = {name: self._document(step, name) for name in _JSON_ITEMS}
+        # Earlier versions have not kept it.
+        if found["extra"].get(_SAVED_AS, {}).get("iterator") not in (None, _sum(found["iterator"])):
+            raise Damaged(f"{self._item(step, 'iterator')}: is of another checkpoint than {step}")
+        return found
+
     def _document(self, step: int, name: str) -> dict:
         file = self._item(step, name) / "metadata"
         try:
-            return files.opened(files.read_json(file))
+            found = files.opened(files.read_json(file))
+            if (saved := found.get(_SAVED_AS, {}).get("step", step)) != step:
+                raise ValueError(f"was saved as step {saved}, not {step}")
+            return found
         except ValueError as problem:
             raise Damaged(f"{file}: {problem}") from None
         except UserError as problem:
             raise Damaged(str(problem)) from None
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what a killed save left. Orbax would do it in a thread that only the next save waits for: a command that
+    saves nothing may end first, and then the thread fails and the folders stay."""
+    if hosts.primary() and directory.exists():
+        for path in sorted(directory.iterdir()):
+            if ocp.utils.TMP_DIR_SUFFIX in path.name and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
 
 
 def _on_all_hosts(path: Path, read: Callable):
@@ -318,7 +342,11 @@ def _of_the_disk(problem: BaseException | None) -> str:
 
 
 def _own(extra: dict) -> dict:
-    return {name: value for name, value in extra.items() if name != _ARRAYS}
+    return {name: value for name, value in extra.items() if name not in (_ARRAYS, _SAVED_AS)}
+
+
+def _sum(document: Mapping) -> str:
+    return files.checksum(json.dumps(json.loads(json.dumps(document)), sort_keys=True))  # as it is read back
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -3,24 +3,34 @@
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Values of another type or size than a reader expects in their place.
 _STRANGE = (None, True, -1, 0, 10**9, 2**63, 1e308, float("nan"), "", "\ud800", "x" * 5000, [], [[]], {}, {"a": None})
 _DEPTH = 3000
+HUGE = 4 * 2**30  # bytes, of which the disk holds those that are not zero
+_REPLACEMENTS = ("directory", "pipe", "nowhere", "itself", "huge")
 
 
-def injure(file: Path, draw: random.Random) -> str:
-    """Injures `file` by one mutation that `draw` picks among those its content allows; returns what was done."""
+def injure(file: Path, draw: random.Random, others: Sequence[Path] = ()) -> str:
+    """Injures `file` by one mutation that `draw` picks among those its content allows; returns what was done.
+
+    `others` are files of its kind with other content: one of them may stand in its place."""
     content = file.read_bytes()
-    able = [mutation for mutation in MUTATIONS if _fits(mutation, file, content)]
+    able = [mutation for mutation in MUTATIONS if _fits(mutation, file, content, others)]
     mutation = draw.choice(able)
     if mutation in (delete, replace):
         file.unlink()
-        return (
-            "delete" if mutation is delete else _replaced(file, draw.choice(("directory", "pipe", "nowhere", "itself")))
-        )
+        return "delete" if mutation is delete else _replaced(file, draw.choice(_REPLACEMENTS), content)
+    if mutation is another:
+        other = draw.choice(others)
+        _write(file, other.read_bytes())
+        return f"replace by {other.parent.name}/{other.name}"
+    if mutation is forbid:
+        _write(file, content)
+        file.chmod(0)
+        return "forbid to read"
     changed, told = mutation(content, draw)
     if changed == content:  # a range that was zero, two equal blocks: as it was is no injury
         changed, told = flip(content, draw)
@@ -76,7 +86,19 @@ def replace(content: bytes, draw: random.Random) -> tuple[bytes, str]:
     raise AssertionError("injure replaces by itself: what comes is no file")
 
 
-def _replaced(file: Path, kind: str) -> str:
+def another(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    raise AssertionError("injure copies by itself: the content is another file's")
+
+
+def forbid(content: bytes, draw: random.Random) -> tuple[bytes, str]:
+    raise AssertionError("injure forbids by itself: the content stays")
+
+
+def _replaced(file: Path, kind: str, content: bytes) -> str:
+    if kind == "huge":
+        file.write_bytes(content)
+        os.truncate(file, HUGE)
+        return "replace by itself and zeros, 4 GiB"
     if kind == "directory":
         file.mkdir()
     elif kind == "pipe":
@@ -123,11 +145,15 @@ def drop(content: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 MUTATIONS: tuple[Callable, ...] = (
-    flip, cut, empty, zero, delete, append, swap, duplicate, value, drop, replace, encode,
+    flip, cut, empty, zero, delete, append, swap, duplicate, value, drop, replace, encode, another, forbid,
 )  # fmt: skip
 
 
-def _fits(mutation: Callable, file: Path, content: bytes) -> bool:
+def _fits(mutation: Callable, file: Path, content: bytes, others: Sequence[Path]) -> bool:
+    if mutation is another:
+        return bool(others)
+    if mutation is forbid:
+        return os.geteuid() != 0  # root reads what it likes
     if mutation in (delete, append, replace):
         return True
     if mutation is swap:

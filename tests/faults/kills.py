@@ -1,49 +1,28 @@
 """Kills commands at random moments, runs them again, and compares with a run that was left alone.
 
-    python -m tests.faults.kills --count=100 [--first=0] [--commands=train,export] [--jobs=2] [--base=DIR]
+    python -m tests.faults.kills --count=100 [--first=0] [--commands=train,export] [--jobs=2] [--base=DIR] [--table]
 
 SIGKILL goes to the command's process group at a moment drawn evenly over the time that the undisturbed command took.
 After the second run the results must be equal (metrics without timings, weights, files, replies), and the folders must
 hold what the undisturbed ones hold, the one for temporary files included. Exit status 1 where one of these fails.
 """
 
-import argparse
-import collections
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from tests.faults import run as runner
+from tests.faults import driver, trial, warm
 from tests.faults import subjects as given
-from tests.faults import trial, warm
+from tests.faults.driver import Result
 from tests.faults.subjects import Subject
 
 # Names that hold a time or are drawn by a library.
 _DRAWN = ((re.compile(r"events\.out\.tfevents\.[^/]*"), "events"), (re.compile(r"[0-9a-f]{32}"), "#"))
-GOOD = ("equal", "finished first")
 TRIES = 5  # until a command does not finish before its kill
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    seed: int
-    command: str
-    after: float
-    outcome: str
-    told: str
-
-    @property
-    def good(self) -> bool:
-        return self.outcome in GOOD
-
-    def line(self) -> str:
-        return f"{self.outcome}: seed {self.seed}, {self.command} killed after {self.after:.2f} s; {self.told}"
 
 
 def commands() -> dict[str, Subject]:
@@ -70,7 +49,7 @@ def without_export(base: Path, place: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(file.relative_to(folder)): given._digest(file.read_bytes()) for file in files}
+    return {str(file.relative_to(folder)): given.file_digest(file) for file in files}
 
 
 def tree(home: Path) -> list[str]:
@@ -84,24 +63,27 @@ def tree(home: Path) -> list[str]:
     return sorted(found)
 
 
+def ready(base: Path, name: str) -> Path:
+    return base / "kills" / name / "expected.json"
+
+
 def build(base: Path, name: str) -> int:
     """What the trials copy; the results, the tree and the seconds of the undisturbed command."""
     subject, home = commands()[name], base / "kills" / name
+    shutil.rmtree(home, ignore_errors=True)
     (home / "given" / "place").mkdir(parents=True)
     subject.build(base, home / "given" / "place")
     shutil.copytree(home / "given" / "place", home / "undisturbed" / "place", symlinks=True)
-    said = warm.run(*subject.command, home / "undisturbed" / "place", trial.LIMIT * 3)
-    if said.status != 0:
-        raise RuntimeError(f"{name}: undisturbed, status {said.status}\n{said.err[-2000:]}")
+    said = driver.undisturbed(name, subject.command, home / "undisturbed" / "place", trial.LIMIT * 3)
     expected = {"results": subject.results(home / "undisturbed" / "place"), "tree": tree(home / "undisturbed")}
-    (home / "expected.json").write_text(json.dumps({**expected, "seconds": said.seconds}))
+    driver.write_expected(ready(base, name), {**expected, "seconds": said.seconds})
     return 0
 
 
 def kill(base: Path, name: str, seed: int) -> Result:
     """One kill and what the same command made of it. The folder stays where that is not good."""
     subject, home = commands()[name], base / "kills" / name
-    expected = json.loads((home / "expected.json").read_text())
+    expected = json.loads(ready(base, name).read_text())
     draw, span = random.Random(f"{name} {seed}"), expected["seconds"]
     this = home / f"trial_{seed}"
     for _ in range(TRIES):
@@ -115,7 +97,7 @@ def kill(base: Path, name: str, seed: int) -> Result:
         span = said.seconds  # the machine is less busy than when the undisturbed command ran
     outcome, told = judge(subject, this, expected, said)
     outcome = "finished first" if first and outcome == "equal" else outcome
-    result = Result(seed, name, after, outcome, told)
+    result = Result(seed, name, f"killed after {after:.2f} s", outcome, told, said.seconds)
     if result.good:
         shutil.rmtree(this)
     return result
@@ -136,49 +118,17 @@ def judge(subject: Subject, home: Path, expected: dict, said: warm.Said) -> tupl
     return "equal", last
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--commands", default="", help="comma-separated; default: all, in turn")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--base", type=Path, help="where to work; default: a temporary folder, removed at the end")
-    options = parser.parse_args()
-    base = (options.base or Path(tempfile.mkdtemp(prefix="kills_"))).absolute()
-    runner.begin(base)
-    known = commands()
-    chosen = options.commands.split(",") if options.commands else list(known)
-    if unknown := [name for name in chosen if name not in known]:
-        parser.error(f"no command {unknown[0]}; expected some of {', '.join(known)}")
-    absent = [name for name in chosen if not (base / "kills" / name / "expected.json").exists()]
-    for name in absent:
-        shutil.rmtree(base / "kills" / name, ignore_errors=True)
-    runner.must(runner.spread([(name, lambda name=name: build(base, name)) for name in absent], options.jobs))
-
-    def work(name: str, seed: int) -> int:
-        result = kill(base, name, seed)
-        (base / f"kill_{seed}.json").write_text(json.dumps([result.good, result.outcome, result.line()]))
-        return 0
-
-    seeds = range(options.first, options.first + options.count)
-    names = {seed: chosen[seed % len(chosen)] for seed in seeds}
-    counts, bad = collections.defaultdict(collections.Counter), 0
-    for seed, status in runner.spread(((seed, lambda s=seed: work(names[s], s)) for seed in seeds), options.jobs):
-        good, outcome, line = False, "broken trial", f"broken trial: seed {seed}, {names[seed]}: status {status}"
-        if status == 0:
-            good, outcome, line = json.loads((base / f"kill_{seed}.json").read_text())
-            (base / f"kill_{seed}.json").unlink()
-        counts[names[seed]][outcome] += 1
-        bad += not good
-        print(("" if good else "BAD ") + line, flush=True)
-    print("\n".join(runner.table(counts)))
-    print(f"{len(seeds)} kills, {bad} bad", flush=True)
-    if not options.base and not bad:
-        shutil.rmtree(base)
-    elif bad:
-        print(f"the folders of the bad ones are kept in {base / 'kills'}")
-    return int(bad > 0)
-
+DRIVER = driver.Driver(
+    program="tests.faults.kills",
+    about=__doc__.splitlines()[0],
+    unit="kills",
+    count_flag="--count",
+    names_flag="--commands",
+    known=lambda: list(commands()),
+    ready=ready,
+    build=build,
+    trial=kill,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(DRIVER.main())

@@ -1,5 +1,6 @@
 """The injuries, the judge, and a few trials and kills of the real commands."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.faults import inject, kills, trial, warm
+from tests.faults import driver, inject, kills, run, trial, warm
 from tests.faults.subjects import Subject
 
 DOCUMENT = {"a": [1, 2.5, {"b": None}], "c": "text"}
@@ -29,12 +30,29 @@ def test_an_injury_changes_its_file_and_the_seed_decides_how(tmp_path, seed):
 
 
 def test_every_mutation_is_drawn(tmp_path):
-    told = {
-        inject.injure(write(tmp_path / f"{seed}.json", b'{"a":\n [1, 2]}'), random.Random(seed)).split()[0]
-        for seed in range(300)
-    }
-    assert told == {"flip", "cut", "empty", "zero", "delete", "append", "swap", "duplicate", "line", "drop", "replace",
-                    "encode", "lines"}  # fmt: skip
+    other, told = write(tmp_path / "other", b"{}"), set()
+    for seed in range(300):
+        file = write(tmp_path / f"{seed}.json", b'{"a":\n [1, 2]}')
+        told.add(inject.injure(file, random.Random(seed), [other]))
+    assert {what.split()[0] for what in told} - {"forbid"} == {
+        "flip", "cut", "empty", "zero", "delete", "append", "swap", "duplicate", "line", "drop", "replace", "encode",
+        "lines"}  # fmt: skip
+    assert {what for what in told if what.startswith("replace")} == {
+        "replace by a directory", "replace by a pipe", "replace by a link to nowhere", "replace by a link to itself",
+        "replace by itself and zeros, 4 GiB", f"replace by {tmp_path.name}/other"}  # fmt: skip
+
+
+def test_what_may_stand_in_a_files_place_is_of_its_kind_and_another(tmp_path):
+    for name in ("1", "2", "3"):
+        (tmp_path / name).mkdir()
+    names = ("1/a.json", "2/a.json", "3/b.json", "3/c", "3/.lock")
+    files = [write(tmp_path / name, name[:1].encode()) for name in names]
+    write(tmp_path / "3" / "a.json", b"1")
+    found = trial.injurable(tmp_path)
+    assert tmp_path / "3" / ".lock" not in found and len(found) == 5
+    assert trial.like(files[0], found) == [files[1]]
+    assert trial.like(files[2], found) == [tmp_path / name / "a.json" for name in "123"]
+    assert trial.like(files[3], found) == []
 
 
 def test_an_empty_file_is_injured_too(tmp_path):
@@ -102,17 +120,45 @@ def test_what_a_kill_leaves_behind_is_seen(tmp_path):
     assert kills.judge(subject, tmp_path, {**expected, "results": 2}, said())[0] == "differs"
 
 
+def results(*outcomes):
+    return [driver.Result(seed, "ab"[seed % 2], "cut", outcome, "", 1.0) for seed, outcome in enumerate(outcomes)]
+
+
+def test_the_table_has_a_row_for_each_subject_and_the_sum():
+    assert driver.table(results("equal", "silent", "equal"), markdown=True) == [
+        "|  | equal | silent |", "|---|---|---|", "| a | 2 |  |", "| b |  | 1 |", "| all | 2 | 1 |"]  # fmt: skip
+    assert driver.table(results("clear"))[0].split() == ["clear"]
+
+
+def test_outcomes_are_kept_for_the_code_they_are_of(tmp_path, monkeypatch):
+    (one,) = results("equal")
+    file = run.DRIVER._outcome(tmp_path, "a", 0)
+    file.parent.mkdir()
+    file.write_text(json.dumps(dataclasses.asdict(one)))
+    assert run.DRIVER._kept(tmp_path, {0: "a", 1: "b"}) == {0: one}
+    assert run.DRIVER._kept(tmp_path, {0: "b"}) == {} == kills.DRIVER._kept(tmp_path, {0: "a"})
+    (tmp_path / "latent_jax").mkdir()
+    source = write(tmp_path / "latent_jax" / "x.py", b"1")
+    monkeypatch.setattr(warm, "REPOSITORY", tmp_path)
+    before = driver.code()
+    assert driver.code() == before
+    source.write_bytes(b"2")
+    assert driver.code() != before
+
+
 def command(*arguments):
     """Alone in its process: what is forked must have one thread."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=warm.REPOSITORY, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_injured_files(tmp_path):
     command("tests.faults.run", "--seeds=40", f"--base={tmp_path}")
+    assert "40 were done before" in command("tests.faults.run", "--seeds=40", f"--base={tmp_path}")
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """One trial: a copy of a subject, one file of it injured as the seed says, the command, the judgement."""
 
-import dataclasses
 import json
 import random
 import shutil
 from pathlib import Path
 
-from tests.faults import warm
+from tests.faults import driver, warm
+from tests.faults.driver import Result
 from tests.faults.inject import injure
 from tests.faults.subjects import Subject, subjects
 
@@ -14,46 +14,24 @@ LIMIT = 120.0  # seconds of a command that takes a few
 MEMORY = 2 * 2**30  # resident bytes beyond those of the undisturbed command
 # What a run writes for people and other programs and never reads back.
 UNREAD = {"hf", "parameters.txt", "imagination.json", "curves.png", "neighbours.png", ".lock"}
-GOOD = ("equal", "clear", "skipped", "as it stands")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """outcome: one of GOOD, or what is wrong: traceback, silent, hang, memory, unclear."""
-
-    seed: int
-    subject: str
-    file: str
-    injury: str
-    outcome: str
-    said: str
-    seconds: float
-
-    @property
-    def good(self) -> bool:
-        return self.outcome in GOOD
-
-    def line(self) -> str:
-        return (
-            f"{self.outcome}: seed {self.seed}, {self.subject}, {self.file}: {self.injury}; "
-            f"{self.seconds:.1f} s; {self.said}"
-        )
+def ready(base: Path, name: str) -> Path:
+    return base / "given" / name / "expected.json"
 
 
 def build(base: Path, name: str) -> int:
     """Writes what the trials of a subject copy, and what the undisturbed command makes of it."""
-    subject, home = subjects()[name], base / "given" / name
+    subject, home, trial = subjects()[name], base / "given" / name, base / "undisturbed" / name
+    for stale in (home, trial):
+        shutil.rmtree(stale, ignore_errors=True)
     place = home / "place"
     place.mkdir(parents=True)
     subject.build(base, place)
-    trial = base / "undisturbed" / name
     shutil.copytree(place, trial / "place", symlinks=True)
-    module, arguments = subject.command
-    said = warm.run(module, arguments, trial / "place", LIMIT * 3)
-    if said.status != 0:
-        raise RuntimeError(f"{name}: undisturbed, status {said.status}\n{said.err[-2000:]}")
+    said = driver.undisturbed(name, subject.command, trial / "place", LIMIT * 3)
     expected = {"results": subject.results(trial / "place"), "seconds": said.seconds, "peak": said.peak}
-    (home / "expected.json").write_text(json.dumps(expected))
+    driver.write_expected(ready(base, name), expected)
     return 0
 
 
@@ -64,23 +42,30 @@ def run(base: Path, name: str, seed: int) -> Result:
     shutil.rmtree(trial, ignore_errors=True)
     place = trial / "place"
     shutil.copytree(base / "given" / name / "place", place, symlinks=True)
-    under = place / subject.injured
-    files = sorted(path for path in under.rglob("*") if path.is_file() and not UNREAD & {path.name, *_top(path, under)})
-    files = [file for file in files if not file.name.startswith("events.out")]
+    files = injurable(place / subject.injured)
     file = draw.choice(files)
-    injury = injure(file, draw)
-    expected = json.loads((base / "given" / name / "expected.json").read_text())
+    injury = injure(file, draw, like(file, files))
+    expected = json.loads(ready(base, name).read_text())
     module, arguments = subject.command
     said = warm.run(module, arguments, place, LIMIT)
     outcome, why = judge(subject, place, file, expected, said)
-    result = Result(seed, name, str(file.relative_to(place)), injury, outcome, why, said.seconds)
+    result = Result(seed, name, f"{file.relative_to(place)}: {injury}", outcome, why, said.seconds)
     if result.good:
         shutil.rmtree(trial)
     return result
 
 
-def _top(path: Path, under: Path) -> tuple[str, ...]:
-    return path.relative_to(under).parts[:1]
+def injurable(under: Path) -> list[Path]:
+    files = sorted(path for path in under.rglob("*") if path.is_file() and not path.name.startswith("events.out"))
+    return [path for path in files if not UNREAD & {path.name, path.relative_to(under).parts[0]}]
+
+
+def like(file: Path, files: list[Path]) -> list[Path]:
+    """Files of the same name elsewhere, else of the same ending, that hold something else."""
+    content = file.read_bytes()
+    others = [other for other in files if other.name == file.name and other.read_bytes() != content]
+    alike = [other for other in files if file.suffix and other.suffix == file.suffix and other.read_bytes() != content]
+    return others or alike
 
 
 def judge(subject: Subject, place: Path, file: Path, expected: dict, said: warm.Said) -> tuple[str, str]:

@@ -32,6 +32,7 @@ MODULES = (
     "latent_jax.analysis.imagination", "latent_jax.data.builders.build", "latent_jax.benchmarks.gqa",
 )  # fmt: skip
 MEMORY = 24 * 2**30  # of address space: XLA and malloc reserve far more than they touch
+WRITTEN = 2**30  # bytes of a file: one that was made huge must not be copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +103,28 @@ def run(module: str, arguments: Sequence[str], place: Path, limit: float, kill_a
     """Runs a command to its end; after `kill_after` or `limit` seconds it is killed with all that it started."""
     began = time.monotonic()
     child, hung = start(module, arguments, place), False
-    while True:
-        pid, status, used = os.wait4(child, os.WNOHANG)
-        seconds = time.monotonic() - began
-        if pid:
-            break
-        if seconds > min(limit, kill_after or limit):
-            hung = kill_after is None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-            _, status, used = os.wait4(child, 0)
-            break
-        time.sleep(0.01)
+    try:
+        while True:
+            pid, status, used = os.wait4(child, os.WNOHANG)
+            seconds = time.monotonic() - began
+            if pid:
+                break
+            if seconds > min(limit, kill_after or limit):
+                hung = kill_after is None
+                _kill(child)
+                _, status, used = os.wait4(child, 0)
+                break
+            time.sleep(0.01)
+    except KeyboardInterrupt:  # it leads a group of its own, which the terminal does not reach
+        _kill(child)
+        raise
     out, err = ((place.parent / f"said.{name}").read_text(errors="replace") for name in ("out", "err"))
     return Said(os.waitstatus_to_exitcode(status), out, err, seconds, used.ru_maxrss * 1024, hung)
+
+
+def _kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def _become(module: str, arguments: list[str], place: Path) -> int:
@@ -135,6 +144,7 @@ def _become(module: str, arguments: list[str], place: Path) -> int:
     os.chdir(place)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
     sys.argv = [f"latent_jax.{module}", *arguments]
     from latent_jax.command import begin_command
 

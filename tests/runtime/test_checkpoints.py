@@ -1,6 +1,7 @@
 """Checkpoints: a round trip on any mesh, partial reads, clear errors, and nothing half-written after a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_jax.errors import UserError
+from latent_jax.runtime import files
 from latent_jax.runtime.checkpoints import Checkpoints, Damaged
 
 
@@ -102,6 +105,32 @@ def test_what_was_saved_before_numbers_were_checked_is_named(tmp_path):
         assert np.isnan(checkpoints.restore_item(1, "params")["w"][1])  # to look at, or to convert
 
 
+def test_what_another_step_saved_is_damage(saved, state, tmp_path):
+    """Each part is whole by itself: nothing but the step and the parts' sums tells."""
+    iterator, step = shutil.copytree(saved, tmp_path / "iterator"), shutil.copytree(saved, tmp_path / "step")
+    shutil.copy(iterator / "10" / "iterator" / "metadata", iterator / "15" / "iterator" / "metadata")
+    with Checkpoints(iterator) as checkpoints:
+        with pytest.raises(Damaged, match="15/iterator: is of another checkpoint than 15"):
+            checkpoints.restore(15, abstract(state))
+        assert checkpoints.restore(10, abstract(state))[1] == {"next": 10}
+    shutil.rmtree(step / "15")
+    (step / "10").rename(step / "15")
+    with Checkpoints(step) as checkpoints, pytest.raises(Damaged, match="metadata: was saved as step 10, not 15"):
+        checkpoints.restore(15, abstract(state))
+
+
+def test_what_was_saved_before_the_parts_were_bound_is_read(tmp_path, state, monkeypatch):
+    with monkeypatch.context() as earlier:
+        sealed = files.sealed
+        drop = lambda document: {name: value for name, value in document.items() if name != "saved_as"}
+        earlier.setattr(files, "sealed", lambda document: sealed(drop(document)))
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(3, state, {"next": 3}, {"fill": 1})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert "saved_as" not in (tmp_path / "3" / "extra" / "metadata").read_text()
+        assert checkpoints.restore(3, abstract(state))[1:] == ({"next": 3}, {"fill": 1})
+
+
 def test_reading_needs_no_writing(saved, tmp_path):
     with pytest.raises(UserError, match="no checkpoint; expected a directory STEP/"):
         Checkpoints(tmp_path / "nowhere", read_only=True).restore_item(None, "params")
@@ -162,6 +191,36 @@ def test_a_kill_during_a_save_leaves_only_whole_steps(tmp_path):
         checkpoints.save(before + 1, {"params": [jnp.zeros(2)]}, {})
         checkpoints.wait()
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+# A disk that answers late: what Orbax lists in a thread of its own comes after the program's last line.
+ENDING = """
+import sys, time
+from pathlib import Path
+from orbax.checkpoint._src.path import async_path
+exists = async_path.exists
+async def late(path):
+    time.sleep(1)
+    return await exists(path)
+async_path.exists = late
+from latent_jax.runtime.checkpoints import Checkpoints
+import logging
+logging.getLogger("absl").filters.clear()
+checkpoints = Checkpoints(sys.argv[1])
+if sys.argv[2] == "close":
+    checkpoints.close()
+print(sorted(path.name for path in Path(sys.argv[1]).iterdir()), checkpoints.steps())
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "return"])
+def test_a_program_that_saves_nothing_clears_what_a_kill_left_and_ends_in_silence(saved, tmp_path, end):
+    directory = shutil.copytree(saved, tmp_path / "run")
+    unfinished = directory / f"20{ocp.utils.TMP_DIR_SUFFIX}"
+    shutil.copytree(directory / "15", unfinished)
+    done = subprocess.run([sys.executable, "-c", ENDING, str(directory), end], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("['10', '15'] [10, 15]\n", "", 0)
+    assert not unfinished.exists()
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):

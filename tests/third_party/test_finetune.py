@@ -20,12 +20,10 @@ from latent_jax.data.builders.build import build_scenes
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.runtime import metrics, sharding
-from tests.reference import baselines, checkpoints, small
+from tests.reference import baselines, checkpoints, small, untimed
 from third_party import backend, finetune
 from third_party import steps as baseline_steps
 from third_party.families import open_processor
-
-TIMED = {"step_seconds", "tokens_per_second", "data_wait_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +46,6 @@ def make_config(path, prepared="", **sections):
 
 def lines(directory) -> list[dict]:
     return metrics.read(directory / "metrics.jsonl")
-
-
-def untimed(directory) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines(directory)]
 
 
 # ---------------------------------------------------------------- as our own runs
@@ -201,7 +195,7 @@ def test_a_stopped_run_ends_where_one_left_alone_ends(prepared, tmp_path, monkey
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["2.pt"]
     monkeypatch.setattr(finetune, "one_step", real)
     finetune.run(config, tmp_path / "killed")
-    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+    assert untimed.metrics(tmp_path / "killed") == untimed.metrics(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()) == ["4.pt", "5.pt"]
@@ -228,7 +222,7 @@ def test_rows_at_a_time_change_memory_and_not_numbers(prepared, tmp_path):
     config = make_config(baselines.saved("llava_onevision"), prepared, train=dict(epsilon=1e-4))
     finetune.run(config, tmp_path / "one", rows=1)
     finetune.run(config, tmp_path / "all", rows=64)
-    for one, every in zip(untimed(tmp_path / "one"), untimed(tmp_path / "all"), strict=True):
+    for one, every in zip(untimed.metrics(tmp_path / "one"), untimed.metrics(tmp_path / "all"), strict=True):
         assert one == pytest.approx(every, rel=1e-4)
 
 
