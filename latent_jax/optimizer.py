@@ -1,7 +1,9 @@
 """AdamW with a schedule and clipping, over a flat dict of trainable arrays."""
 
 import dataclasses
+from collections.abc import Iterable
 
+import numpy as np
 import optax
 
 UNDECAYED = ("norm", "norm1", "norm2", "attn_norm", "mlp_norm", "slots", "logit_scale")
@@ -28,15 +30,23 @@ def decayed(path: str) -> bool:
     return not (name.endswith("bias") or name in UNDECAYED)
 
 
+def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
+    """What is logged by step: the learning rate, and the head's where trainable paths of a head have one of their own."""
+    found = {"learning_rate": schedule(train)}
+    if train.head_learning_rate and any(map(_of_head, paths)):
+        found["head_learning_rate"] = schedule(dataclasses.replace(train, learning_rate=train.head_learning_rate))
+    return found
+
+
 def make(train, paths) -> optax.GradientTransformation:
     """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at a rate of its own.
 
     One schedule serves both: its peak is the base rate, and the head's is a multiple of that. Where the base rate is 0,
     the peak is the head's, and everything else stays as it is.
     """
-    head = {path: path.startswith("head.") for path in paths}
+    head = {path: _of_head(path) for path in paths}
     base, own = train.learning_rate, train.head_learning_rate
-    if own and not base:
+    if own and base < np.finfo(np.float32).tiny:  # 0 in the arithmetic of the step
         train = dataclasses.replace(train, learning_rate=own)
         scales = [optax.masked(optax.set_to_zero(), {path: not its for path, its in head.items()})]
     else:
@@ -49,3 +59,7 @@ def make(train, paths) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(schedule(train)),
     ]
     return optax.chain(*stages)
+
+
+def _of_head(path: str) -> bool:
+    return path.startswith("head.")

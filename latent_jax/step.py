@@ -19,7 +19,7 @@ def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, 
     masks tell in advance. So micro-steps and devices add their gradients without knowing of each other.
     """
     config, method = setup.config, setup.method
-    rate = optimizer.schedule(config.train)
+    rates = optimizer.rates(config.train, setup.trainable)
 
     def gradients(state: TrainState, batch: Arrays):
         fraction = state.step.astype(jnp.float32) / config.train.steps
@@ -58,7 +58,8 @@ def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, 
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss/total": total} | {f"loss/{term}": mean for term, mean in means.items()}
         metrics |= {name: value / jnp.maximum(weight, 1.0) for name, (value, weight) in extra.items()}
-        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "grad_norm": optax.global_norm(grads)}
+        metrics |= {name: jnp.float32(rate(state.step)) for name, rate in rates.items()}
+        metrics["grad_norm"] = optax.global_norm(grads)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
     # Where the state lives is decided once, by its own arrays; the batch is split by groups over replica and fsdp.

@@ -64,7 +64,7 @@ def adamw(train: Train, values, gradients, path: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
-@pytest.mark.parametrize("rates", [(1e-2, 0.0), (1e-2, 5e-2), (0.0, 5e-2)], ids=["one", "two", "the head's alone"])
+@pytest.mark.parametrize("rates", [(1e-2, 0.0), (1e-2, 5e-2), (0.0, 5e-2), (1e-46, 5e-2), (1e-30, 5e-2)])
 def test_updates_are_those_of_adamw(clip, rates):
     train = Train(steps=3, learning_rate=rates[0], warmup=0.0, schedule="constant", clip=clip, weight_decay=0.3)
     train = dataclasses.replace(train, head_learning_rate=rates[1])
@@ -80,3 +80,11 @@ def test_updates_are_those_of_adamw(clip, rates):
         now = optax.apply_updates(now, updates)
     for path in PATHS:
         np.testing.assert_allclose(now[path], adamw(train, values, gradients, path), rtol=2e-5, atol=1e-6, err_msg=path)
+
+
+def test_what_is_logged_is_what_was_applied():
+    both = Train(steps=10, warmup=0.5, learning_rate=0.0, head_learning_rate=1e-3)
+    found = {name: float(rate(jnp.int32(1))) for name, rate in optimizer.rates(both, PATHS).items()}
+    assert found == pytest.approx({"learning_rate": 0.0, "head_learning_rate": 4e-4})
+    assert optimizer.rates(both, [path for path in PATHS if not path.startswith("head.")]).keys() == {"learning_rate"}
+    assert optimizer.rates(Train(), PATHS).keys() == {"learning_rate"}

@@ -146,7 +146,8 @@ class Checkpoints:
         """
         step = self._existing(step)
         documents = _on_all_hosts(self.directory / str(step), lambda: self._documents(step))
-        restored = {name: self._restore(step, name, tree, finite=True) for name, tree in abstract.items()}
+        sums = documents["extra"].get(_ARRAYS, {})
+        restored = {name: self._restore(step, name, tree, sums.get(name), finite=True) for name, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
     def restore_item(self, step: int | None, name: str, abstract=None):
@@ -159,7 +160,8 @@ class Checkpoints:
         if abstract is None:
             stored = self._metadata(step, name)
             abstract = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), stored)
-        return self._restore(step, name, abstract)
+        extra = _on_all_hosts(self.directory / str(step) / "extra", lambda: self._document(step, "extra"))
+        return self._restore(step, name, abstract, extra.get(_ARRAYS, {}).get(name))
 
     def extra(self, step: int | None = None) -> dict:
         """The JSON that was saved with a step, the newest for None."""
@@ -230,9 +232,9 @@ class Checkpoints:
                 raise Damaged(f"{path}: cannot be read back: it says nothing of its arrays")
             return tree
 
-    def _restore(self, step: int, name: str, abstract, finite: bool = False):
+    def _restore(self, step: int, name: str, abstract, saved: checksums.Sums | None, finite: bool = False):
         restored = _on_all_hosts(self.directory / str(step) / name, lambda: self._read(step, name, abstract))
-        self._compare(step, name, restored, finite)
+        self._compare(step, name, restored, saved, finite)
         return restored
 
     def _read(self, step: int, name: str, abstract):
@@ -248,12 +250,11 @@ class Checkpoints:
             # Not the manager's: after each item it waits for every host, also for one that could not read it.
             return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
 
-    def _compare(self, step: int, name: str, restored, finite: bool) -> None:
+    def _compare(self, step: int, name: str, restored, saved: checksums.Sums | None, finite: bool) -> None:
         """Raises Damaged where an array is not the one that was saved, or not `finite` where it must be.
 
-        Checkpoints of earlier versions have no sums, and may hold what is not finite.
+        Checkpoints of earlier versions have no sums (None), and may hold what is not finite.
         """
-        saved = self._document(step, "extra").get(_ARRAYS, {}).get(name)
         if saved is None and not finite:
             return
         found, bad = checksums.examined(restored)

@@ -58,3 +58,9 @@ def test_what_is_not_finite_is_found(dtype, bad):
     assert checksums.examined(tree)[1] == ["bad"]
     found = jax.device_get(checksums._device({name: jnp.asarray(leaf) for name, leaf in tree.items()}))
     assert [name for name, sums in found.items() if not sums[2]] == ["bad"]
+
+
+def test_what_is_not_finite_is_found_in_types_that_no_step_computes_in():
+    for dtype in (np.float64, jnp.float8_e5m2):
+        tree = {"good": np.ones((3, 4), dtype), "bad": np.asarray([1, np.inf], dtype)}
+        assert checksums.examined(tree)[1] == ["bad"]
