@@ -73,7 +73,7 @@ def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> Non
         dtype=dtype and jnp.dtype(dtype),
         keep_not_finite=dtype is None,
     )
-    for note in notes:
+    for note in [*notes, f"{output}: HF checkpoint of {source}"]:
         say_line(note)
 
 
@@ -98,7 +98,7 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
         limits=limits,
         card=card(run.config, step, found, "\n".join(commands), run.origin).text(bool(head)),
     )
-    for note in notes:
+    for note in [*notes, f"{output}: HF checkpoint of step {step} of {workdir}"]:
         say_line(note)
 
 

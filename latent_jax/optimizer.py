@@ -31,7 +31,7 @@ def decayed(path: str) -> bool:
 
 
 def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
-    """What is logged by step: the learning rate, and the head's where trainable paths of a head have one of their own."""
+    """What is logged by step: the learning rate, and the head's where one is trained at a rate of its own."""
     found = {"learning_rate": schedule(train)}
     if train.head_learning_rate and any(map(_of_head, paths)):
         found["head_learning_rate"] = schedule(dataclasses.replace(train, learning_rate=train.head_learning_rate))

@@ -147,7 +147,7 @@ class Checkpoints:
         step = self._existing(step)
         documents = _on_all_hosts(self.directory / str(step), lambda: self._documents(step))
         sums = documents["extra"].get(_ARRAYS, {})
-        restored = {name: self._restore(step, name, tree, sums.get(name), finite=True) for name, tree in abstract.items()}
+        restored = {n: self._restore(step, n, tree, sums.get(n), finite=True) for n, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
     def restore_item(self, step: int | None, name: str, abstract=None):

@@ -20,7 +20,8 @@ class Progress:
     """Shows step, loss, tokens per second and the time left.
 
     Args:
-      total: steps of the whole run; first: the step it starts from (restored steps are no work of this process).
+      total: steps of the whole run; first: the step it starts from (restored steps are no work of this process). How
+        long the rest takes is estimated from the first update on: what comes before it is compiled, once.
       unit: what a step is called; title: what stands before it.
       enabled: False shows no progress (`log.progress`); what is said is said all the same.
       mute: says nothing either (every host but the first).
@@ -36,10 +37,10 @@ class Progress:
         mute: bool = False,
         title: str = "",
     ):
-        self._unit, self._total, self._first, self._title = unit, total, first, f"{title}: " if title else ""
+        self._unit, self._total, self._title = unit, total, f"{title}: " if title else ""
         self._enabled, self._mute = enabled and not mute, mute
         self._stream = stream or sys.stderr
-        self._started, self._told = time.monotonic(), None
+        self._counted, self._told = None, None  # (step, clock) of the first update; clock of the last line
         terminal = self._enabled and self._stream.isatty()
         self._bar = (
             tqdm(
@@ -67,16 +68,22 @@ class Progress:
         if not self._enabled:
             return
         shown = _summary(values)
+        now = time.monotonic()
+        begun, self._counted = self._counted is None, self._counted or (step, now)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
+            if begun:
+                self._bar.initial = self._bar.n = step
+                self._bar.unpause()
+                self._bar.refresh()
             self._bar.update(step - self._bar.n)
             if step >= self._total:
                 self.close()
             return
-        now = time.monotonic()
         if self._told is None or step >= self._total or now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
-            self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}  left {self._left(step, now)}")
+            left = f"  left {self._left(step, now)}" if step != self._counted[0] or step >= self._total else ""
+            self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}{left}")
 
     def say(self, line: str) -> None:
         """Prints a line without breaking the bar, shown or not."""
@@ -94,9 +101,8 @@ class Progress:
             self._bar = None
 
     def _left(self, step: int, now: float) -> str:
-        done = step - self._first
-        seconds = (now - self._started) / done * (self._total - step) if done > 0 else 0
-        return tqdm.format_interval(seconds)
+        first, began = self._counted
+        return tqdm.format_interval((now - began) / max(step - first, 1) * (self._total - step))
 
 
 def _summary(values: Mapping) -> str:
