@@ -89,9 +89,9 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         sample, long = budgeting.without_outliers(sample, row, config.data.max_bad)
         if long:
             notes = [
-                f"{len(long)} of {count} sampled records are longer than config.data.row_tokens={row} tokens (the "
-                f"longest, {long[0].key!r}, has {len(long[0].tokens)}): such records are skipped and counted; "
-                f"--config.data.tokens={len(long[0].tokens)} would take them in"
+                f"{len(long)} of {count} sampled records are longer than a row may be ({row} tokens, "
+                f"config.data.row_tokens; the longest, {long[0].key!r}, has {len(long[0].tokens)}): such records are "
+                f"skipped and counted; rows of --config.data.tokens={len(long[0].tokens)} would take them in"
             ]
     budgets = budgeting.choose(
         sample,

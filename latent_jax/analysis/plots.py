@@ -20,7 +20,7 @@ def accuracy_by_examples(
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib: pip install latent_jax[plots]") from None
+        raise UserError("pictures need matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

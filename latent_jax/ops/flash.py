@@ -58,7 +58,7 @@ def cudnn_obstacle(platform: str, dtype: DTypeLike, head_sizes: Iterable[int]) -
         if size % 8 or size > 128:
             return f"cudnn takes head sizes that are multiples of 8 up to 128, and a head of the model has {size}"
     if not cudnn_installed():
-        return "cuDNN is not installed (it comes with latent_jax[cuda12] or [cuda13])"
+        return "cuDNN is not installed (it comes with the extras cuda12 and cuda13)"
     return ""
 
 

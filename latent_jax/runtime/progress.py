@@ -83,7 +83,7 @@ class Progress:
         if self._told is None or step >= self._total or now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
             left = f"  left {self._left(step, now)}" if step != self._counted[0] or step >= self._total else ""
-            self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}{left}")
+            self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}{left}".rstrip())
 
     def say(self, line: str) -> None:
         """Prints a line without breaking the bar, shown or not."""

@@ -129,9 +129,9 @@ def compiler(topology: Topology) -> str:
 def plugin(name: str) -> str | None:
     """What must be installed for this topology's compiler, or None where it is."""
     if name.partition(":")[0] in TPUS:
-        return None if importlib.util.find_spec("libtpu") else "libtpu (pip install 'latent_jax[tpu]')"
+        return None if importlib.util.find_spec("libtpu") else "libtpu (pip install -c constraints.txt -e '.[tpu]')"
     found = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    return None if found else "jax's CUDA plugin (pip install 'latent_jax[cuda12]')"
+    return None if found else "jax's CUDA plugin (pip install -c constraints.txt -e '.[cuda12]')"
 
 
 def start() -> None:

@@ -191,7 +191,7 @@ def compiled_for(devices, implementation: str):
 
 def test_cudnn_compiles_for_gpus_that_are_not_here():
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        pytest.skip("needs jax's CUDA plugin: pip install 'latent_jax[cuda12]'")
+        pytest.skip("needs jax's CUDA plugin: the extra cuda12")
     if not flash.cudnn_installed():
         pytest.skip("needs cuDNN (nvidia-cudnn-cu12)")
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning would run kernels
@@ -204,7 +204,7 @@ def test_cudnn_compiles_for_gpus_that_are_not_here():
 
 def test_splash_compiles_for_tpus_that_are_not_here(monkeypatch):
     if not importlib.util.find_spec("libtpu"):
-        pytest.skip("needs libtpu: pip install 'latent_jax[tpu]'")
+        pytest.skip("needs libtpu: the extra tpu")
     for name, value in {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5p-16", "WORKER_HOSTNAMES": "localhost"}.items():
         monkeypatch.setenv(f"TPU_{name}", value)
     devices = topologies.get_topology_desc("v5p:2x2x2", "tpu", chip_config_name="megacore").devices
