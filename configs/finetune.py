@@ -5,7 +5,9 @@ r"""Supervised fine-tuning on questions about images: the loss is on the answers
     python -m latent_jax.main --config=configs/finetune.py:qwen2_5_vl_7b --workdir=runs/finetune_7b \
         --config.model.path=DIR --config.data.name=gqa --config.data.path=PREPARED
 
-The first fine-tunes the embedded model, or what latent pretraining made of it, on the embedded questions. A variant may
+The first fine-tunes the embedded model, or what latent pretraining made of it, on the embedded questions: after `make
+pretrain` expect a loss near .4 and, by configs/evaluate.py, 57.4 % of GQA's form of questions with GQA's own prompt,
+which the embedded model had not seen before (.33 %); three minutes on two CPU cores, and half a minute. A variant may
 end in `_imagine` (or be just `imagine`): the model then predicts latents after each question and answers over them
 (docs/methods.md); after published pretraining add --config.latent.grid=12. The published sizes have not been run at
 full size yet. It ends with an HF checkpoint; what it can do says an evaluation (configs/evaluate.py) of WORKDIR/hf, for
