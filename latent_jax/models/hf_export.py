@@ -141,7 +141,7 @@ def check_replaceable(directory: str | Path) -> None:
         is_weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name) is not None
         if (entry.name not in known and not is_weights) or entry.is_dir():
             raise UserError(f"{directory}: holds '{entry.name}', which no export writes; {expected}")
-        weights = weights or is_weights
+        weights = weights or is_weights or entry.name in (INDEX_FILE, sums.FILE)  # of one that is damaged
     if not weights and (others := [entry.name for entry in entries if entry.name != CARD]):
         raise UserError(f"{directory}: holds '{others[0]}' and no weights, so it is no export; {expected}")
 

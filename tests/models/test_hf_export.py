@@ -256,6 +256,13 @@ def test_a_folder_without_weights_is_no_export_to_replace(made, tmp_path, name):
     assert (tmp_path / "b" / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "model.safetensors.index.json", "checksums.json"])
+def test_an_export_that_lost_a_file_is_one_to_replace(made, tmp_path, lost):
+    output = export(made, tmp_path / "b")
+    (output / lost).unlink()
+    assert (export(made, output) / lost).exists()
+
+
 def test_a_folder_under_the_name_of_a_file_is_not_deleted(made, tmp_path):
     output = export(made, tmp_path / "b")
     (output / "tokenizer.model").mkdir()
