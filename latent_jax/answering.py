@@ -37,6 +37,31 @@ def known(path: str, directory: Path, earlier: dict | None, asks: bool) -> tuple
     return found, [f"{directory} has no checksum of its model: its earlier replies are taken for those of this one"]
 
 
+def stamp(path: str) -> dict[str, tuple] | None:
+    """File -> number, size and time of all that `checksum` reads of a model on this machine: cheap, and another one
+    where a file was written anew. None for what is not there, and for hub ids, whose files do not change."""
+    if path and not Path(path).is_dir():
+        return None
+    try:
+        _, _, files = _read_files(path)
+        found = {str(file): file.stat() for file in files}
+    except (UserError, OSError):
+        return None
+    return {name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def check_unchanged(path: str, before: dict[str, tuple] | None) -> None:
+    """Raises UserError where the model became another one between its checksum and its loading."""
+    now = stamp(path)
+    if before is None or now == before:
+        return
+    changed = sorted(name for name in {*before, *(now or {})} if before.get(name) != (now or {}).get(name))
+    raise UserError(
+        f"{changed[0]}: changed while the model was being read; run the command again (of a run that goes on, name a "
+        "step: config.model.path=WORKDIR/checkpoints/STEP)"
+    )
+
+
 def check_head(config) -> None:
     """Raises UserError where latents are asked of a model that has no head for them.
 
@@ -89,6 +114,17 @@ def checksum(path: str) -> dict:
     named or newest checkpoint (`step`; None elsewhere) without the optimiser's state, and the same small files. The
     bytes, not times or names of folders: a copy is the same model. Some seconds for 16 GB that are in memory.
     """
+    root, step, files = _read_files(path)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter's lock
+        digests = list(pool.map(_digest, files))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        whole.update(f"{file.relative_to(root)}\0{digest}\n".encode())
+    return {"sha256": whole.hexdigest(), "files": len(files), "step": step}
+
+
+def _read_files(path: str) -> tuple[Path, int | None, list[Path]]:
+    """(folder, step of a workdir, files that are read of the model)."""
     from latent_jax.assets import TINY_VL
     from latent_jax.models import hf_io, sums  # jax: only when a model is asked for
     from latent_jax.workdir import CHECKPOINTS, ORIGIN, is_workdir, named_step, steps
@@ -103,13 +139,7 @@ def checksum(path: str) -> dict:
     else:
         root = hf_io.resolve(path or TINY_VL)
         files = [file for file in root.iterdir() if file.suffix in _KINDS and file.is_file() and file.name != sums.FILE]
-    files = sorted(file for file in files if file.name not in _UNREAD)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter's lock
-        digests = list(pool.map(_digest, files))
-    whole = hashlib.sha256()
-    for file, digest in zip(files, digests, strict=True):
-        whole.update(f"{file.relative_to(root)}\0{digest}\n".encode())
-    return {"sha256": whole.hexdigest(), "files": len(files), "step": step}
+    return Path(root), step, sorted(file for file in files if file.name not in _UNREAD)
 
 
 def too_many(config, name: str, rows: Sequence[Row], skipped: int, count: int) -> None:

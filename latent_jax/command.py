@@ -52,7 +52,7 @@ def command(main: Callable) -> Callable:
                 _end(2, f"error: {one_line(problem)}")
             if isinstance(problem, OSError):
                 _end(2, f"error: {os_error(problem)}")
-            if isinstance(problem, MemoryError):
+            if isinstance(problem, MemoryError) or "RESOURCE_EXHAUSTED" in str(problem):  # the host's, or a device's
                 _end(2, f"error: not enough memory: {one_line(problem) or 'this machine has less than was asked for'}")
             raise
         except KeyboardInterrupt:

@@ -14,6 +14,7 @@ import numpy as np
 from latent_jax import predictions
 from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
+from latent_jax.fields import shown
 
 RESAMPLES = 10_000
 _SAME = ("benchmark", "split", "scorer", "scorer_version", "prompt")
@@ -36,6 +37,8 @@ def compare(a: Path, b: Path, seed: int = 0) -> dict:
     `sign_flip` is None where no image has two questions. Raises UserError where the two were not asked the same
     questions under the same protocol.
     """
+    if seed < 0:
+        raise UserError(f"seed: got {seed}, expected an integer of at least 0")
     pairs, clusters = _paired(a, b)
     n, gains = len(pairs), pairs[:, 1].astype(int) - pairs[:, 0]
     only_a, only_b = int((gains < 0).sum()), int((gains > 0).sum())
@@ -69,6 +72,15 @@ def _paired(a: Path, b: Path) -> tuple[np.ndarray, list[str]]:
     right_a, right_b = ({line["id"]: line for line in lines} for lines in (lines_a, lines_b))
     if alone := right_a.keys() ^ right_b.keys():
         raise UserError(f"{len(alone)} questions stand in one of {a} and {b} only, such as {min(alone)}")
+    for name, line in right_a.items():
+        for key in ("prompt", "answer", "cluster"):
+            if line.get(key) != right_b[name].get(key):
+                raise UserError(
+                    f"{b / predictions.PREDICTIONS}: question {name} has {key} {shown(right_b[name].get(key))}, and "
+                    f"{shown(line.get(key))} in {a}: the two were not asked the same"
+                )
+        if (line["correct"] is None) != (right_b[name]["correct"] is None):
+            raise UserError(f"question {name} is scored in one of {a} and {b} only; expected both or neither")
     shared = [name for name in right_a if right_a[name]["correct"] is not None]
     if not shared:
         raise UserError(f"{a}: no answer could be scored, so there is nothing to compare")

@@ -18,7 +18,18 @@ from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import PROCESSORS
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.workdir import CONFIG, Run, card, is_workdir, named_step, numbers, read_finished, split
+from latent_jax.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    ORIGIN,
+    Run,
+    card,
+    is_workdir,
+    named_step,
+    numbers,
+    read_finished,
+    split,
+)
 
 
 @command
@@ -46,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str | None = None) -> None:
     """Writes `output` from whichever of the three that `checkpoint` is. Raises UserError where it is none of them."""
+    _check_place(output)
     hf_export.check_replaceable(output)  # before anything large is read
     path, (workdir, named) = Path(os.path.realpath(checkpoint)), named_step(checkpoint)
     if named is not None:
@@ -58,6 +70,16 @@ def convert(checkpoint: str, output: Path, step: int | None = None, dtype: str |
         raise UserError(f"--step={step}: {checkpoint} is no workdir (it has no checkpoints/), so it has no steps")
     else:
         export_hf(checkpoint, output, dtype)
+
+
+def _check_place(output: Path) -> None:
+    """Raises UserError where an export would be taken for a checkpoint of a run, or for what it began with."""
+    place = Path(os.path.realpath(output))
+    for parent in place.parents:
+        if is_workdir(parent) and place.relative_to(parent).parts[0] in (CHECKPOINTS, ORIGIN):
+            raise UserError(
+                f"--output={output}: stands among the files of the run {parent}; expected another directory"
+            )
 
 
 def export_hf(source: str | Path, output: Path, dtype: str | None = None) -> None:

@@ -19,9 +19,11 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
 
 
-def one_line(problem: BaseException) -> str:
-    """The message without line breaks: messages of libraries may have many."""
-    return " ".join(str(problem).split())
+def one_line(problem: BaseException | str) -> str:
+    """The message without line breaks, of which libraries may have many, or what a terminal would obey: names that
+    stand in a file may hold both."""
+    line = " ".join(str(problem).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def os_error(problem: OSError) -> str:
@@ -29,7 +31,9 @@ def os_error(problem: OSError) -> str:
     reason = problem.strerror or one_line(problem) or type(problem).__name__
     if isinstance(problem, FileNotFoundError):
         reason = "no such file" if problem.filename else "no such file; was the current directory removed?"
-    return f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
+    return one_line(
+        f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
+    )
 
 
 def say_line(line: str) -> None:

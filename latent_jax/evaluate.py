@@ -66,6 +66,7 @@ def _run(config, directory: Path, open_backend) -> dict:
     tokens = config.evaluate.max_new_tokens or answering.most_tokens(benchmark, config.evaluate.scorer)
     now = {"max_new_tokens": tokens, "data": sources.fingerprint(data.name, data.path, data.split)}
     begun.check(config, directory, kept, now, len(rows), bool(left))
+    before = answering.stamp(config.model.path)
     weights, said = answering.known(config.model.path, directory, kept, bool(left))
     settings, where = kept and kept["backend"], f"{data.name} {data.split}"
 
@@ -79,6 +80,7 @@ def _run(config, directory: Path, open_backend) -> dict:
         # -------------------------------------------------------- asked of what
         if left or settings is None:
             backend = (open_backend or load_ours)(config)
+            answering.check_unchanged(config.model.path, before)
             begun.write(config, directory, backend.settings, kept, {"weights": weights, **now})
             settings = backend.settings
 
@@ -110,7 +112,7 @@ def _run(config, directory: Path, open_backend) -> dict:
     scored = [row for row in rows if row.correct is not None]
     report = benchmark.report(scored, config.evaluate.scorer, config.seed, **extras) if scored else {}
     found = results(config, benchmark, data, settings, rows, report, skipped, tokens)
-    found["weights"] = weights
+    found |= {"weights": weights, "predictions": predictions.digest(directory / PREDICTIONS)}
     found["throughput"] = _throughput(directory, len(left), seconds)
     found = predictions.sealed(found)
     if hasattr(benchmark, "submission"):

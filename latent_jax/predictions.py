@@ -10,6 +10,7 @@ from pathlib import Path
 
 from latent_jax.benchmarks.rows import Item, Row
 from latent_jax.errors import UserError
+from latent_jax.fields import shown
 from latent_jax.runtime import files
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
@@ -79,7 +80,7 @@ def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, R
         if item is None:
             raise UserError(f"{where}: question {found['id']} is not one of the {len(asked)} that are asked now")
         if item.id in rows:
-            raise UserError(f"{where}: question {item.id} stands here a second time; expected every question once")
+            raise _second(where, item.id)
         why = found.get("skipped")
         row = protocol.skip(item, why) if why else protocol.judge(item, found["reply"])
         for key, now in protocol.line(row).items():
@@ -100,19 +101,21 @@ class Writer:
     """Appends rows to predictions.jsonl."""
 
     def __init__(self, path: Path, protocol: Protocol):
-        self._protocol = protocol
+        self._path, self._protocol = path, protocol
         self._file = open(path, "a")  # noqa: SIM115 (held open for the run)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        with files.naming(self._path):  # closing writes what a full disk refused before
+            self._file.close()
 
     def write(self, rows: Iterable[Row]) -> None:
         """A batch: once this returns, a kill of the process loses none of it."""
-        self._file.writelines(map(self._protocol.text, rows))
-        self._file.flush()
+        with files.naming(self._path):
+            self._file.writelines(map(self._protocol.text, rows))
+            self._file.flush()
 
 
 def strange(found: dict, scored: Sequence[Row]) -> str:
@@ -144,23 +147,34 @@ def read_results(directory: Path) -> dict:
 def read(directory: Path) -> tuple[dict, list[dict]]:
     """(results.json, the lines of predictions.jsonl) of a finished evaluation. Raises UserError naming the file."""
     results = directory / RESULTS
-    try:
-        lines = (directory / PREDICTIONS).read_bytes().split(b"\n")[:-1]
-        results.stat()
-    except FileNotFoundError as missing:
-        raise UserError(f"{missing.filename}: no such file; expected the workdir of a finished evaluation") from None
-    found = read_results(directory)
-    if found.get("asked") != len(lines):
-        raise UserError(
-            f"{results}: is not of the {len(lines)} lines of {PREDICTIONS} beside it; finish the evaluation"
-        )
-    rows = []
+    for file in (directory / PREDICTIONS, results):
+        if not file.exists():
+            raise UserError(f"{file}: no such file; expected the workdir of a finished evaluation")
+    lines = files.read_bytes(directory / PREDICTIONS).split(b"\n")[:-1]
+    found, rows = read_results(directory), {}
     for number, line in enumerate(lines, 1):
         row, undamaged = _line(line, where := f"{directory / PREDICTIONS}:{number}")
         if not undamaged:
             raise _damaged(where)
-        rows.append(row)
-    return found, rows
+        if "correct" not in row or row["correct"] not in (True, False, None):
+            raise UserError(f"{where}: correct is {shown(row.get('correct'))}, expected true, false or null (hidden)")
+        if row["id"] in rows:
+            raise _second(where, row["id"])
+        rows[row["id"]] = row
+    counts = {
+        "asked": len(lines),
+        "n": sum(row["correct"] is not None for row in rows.values()),
+        "unparsed": sum(row.get("parsed") is None for row in rows.values()),
+        "predictions": _digest(lines),
+    }
+    for key, now in counts.items():
+        stated = found.get(key, None if key == "asked" else now)  # earlier versions kept fewer
+        if type(stated) is not type(now) or stated != now:
+            raise UserError(
+                f"{results}: is not of the {len(lines)} lines of {PREDICTIONS} beside it ({key} is {shown(stated)}, "
+                f"there {shown(now)}); finish the evaluation"
+            )
+    return found, list(rows.values())
 
 
 def _line(line: bytes, where: str) -> tuple[dict, bool]:
@@ -172,8 +186,21 @@ def _line(line: bytes, where: str) -> tuple[dict, bool]:
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("id", "reply", "cluster")):
         raise UserError(f"{where}: expected a JSON object with id, prompt, reply, parsed, answer, correct and cluster")
     # Lines of before 2026-12 have no sum; all that they hold but the reply is checked against the question.
-    expected = found.pop("sum", None)
-    return found, (expected is None or expected == _sum(found)) and found.keys() <= _KEYS
+    summed, expected = "sum" in found, found.pop("sum", None)
+    return found, (not summed or expected == _sum(found)) and found.keys() <= _KEYS
+
+
+def digest(path: Path) -> str:
+    """Of all lines, in whatever order replies came."""
+    return _digest(files.read_bytes(path).split(b"\n")[:-1])
+
+
+def _digest(lines: Sequence[bytes]) -> str:
+    return files.checksum(b"\n".join(sorted(lines)))
+
+
+def _second(where: str, name: str) -> UserError:
+    return UserError(f"{where}: question {name} stands here a second time; expected every question once")
 
 
 def _damaged(where: str) -> UserError:

@@ -46,6 +46,7 @@ class VLM:
     eos: tuple[int, ...]
     name: str
     copies: tuple[Qwen2_5_VL, ...] = ()  # of the model, on the devices that share a batch
+    positions: int | None = None  # the longest sequence that the checkpoint states
 
     @property
     def config(self) -> Config:
@@ -105,6 +106,12 @@ class VLM:
         if not conversations:
             return []
         examples, given, _ = self.prompts(conversations, latents, seed)
+        longest = max(len(example.tokens) for example in examples)
+        if self.positions is not None and longest > self.positions:
+            raise UserError(
+                f"a conversation has {longest:,} tokens, expected at most {self.positions:,}, the "
+                "max_position_embeddings of the model's config.json"
+            )
         return generate.answers(
             self.copies or (self.model.vlm,),
             examples,
@@ -194,7 +201,7 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
     model = LatentVLM(structure.build(vlm), made)
     copies = tuple(jax.device_put(model.vlm, device) for device in devices or ())
     eos = eos_ids(origin, codec.tokenizer, config.text.vocab_size)
-    return VLM(model, codec, section, eos, str(path or "tiny_vl"), copies)
+    return VLM(model, codec, section, eos, str(path or "tiny_vl"), copies, stated_positions(origin))
 
 
 def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Path, dtype) -> LatentHead:
@@ -208,7 +215,7 @@ def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Pat
     (slots, hidden), (width, target) = axes["slots"], axes["fc2"]
     expected = {
         "slots": (latent.grid**2, config.text.hidden_size),
-        "fc2": (width, pretrain.target_size(config, latent.space)),
+        "fc2": (latent.width or width, pretrain.target_size(config, latent.space)),
     }
     for name, shape in expected.items():
         if axes[name] != shape:
@@ -240,6 +247,15 @@ def eos_ids(directory: Path, tokenizer, rows: int) -> tuple[int, ...]:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
     return (tokenizer.eos_token_id,)
+
+
+def stated_positions(directory: Path) -> int | None:
+    """The longest sequence that the model was made for; None where config.json does not say."""
+    file = directory / "config.json"
+    config = read_json(file)
+    text = config.get("text_config")
+    found = {**config, **(text if isinstance(text, dict) else {})}.get("max_position_embeddings")
+    return None if found is None else check(f"{file}: max_position_embeddings", found, int, dict(low=1, high=2**31))
 
 
 def stated_eos(directory: Path, rows: int) -> tuple[int, ...]:

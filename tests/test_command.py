@@ -24,6 +24,10 @@ def _raise(problem):
     [
         (UserError("data.json: line 3:\n  no JSON"), "error: data.json: line 3: no JSON"),
         (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
+        # names that a file made up, which a terminal would obey
+        (UserError("a\x1b[2J\x07\u202e.json: no JSON"), "error: a\\x1b[2J\\x07\\u202e.json: no JSON"),
+        (OSError(28, "No space left on device", "a\nb\x1b"), "error: a b\\x1b: No space left on device"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 TiB"), "error: not enough memory: RESOURCE_EXHAUSTED: 9 TiB"),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
         # os.getcwd() where somebody removed the directory

@@ -1,6 +1,7 @@
 """The paired comparison: exact p values, intervals, and what must not be compared."""
 
 import json
+import os
 import random
 from fractions import Fraction
 from itertools import product
@@ -116,3 +117,64 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         compare.main([f"--a={tmp_path}", f"--b={b}"])
     assert end.value.code == 2 and "predictions.jsonl: no such file" in capsys.readouterr().err
+
+
+def spoil(directory, number, **changes):
+    file = directory / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    by_id = {line["id"]: line for line in lines}
+    by_id[str(number)].update(changes)
+    for key in [key for key, value in changes.items() if value is ...]:
+        del by_id[str(number)][key]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("value", ["yes", 2, [1], [1, 2], float("nan"), {}, ...])
+def test_a_verdict_that_is_none_is_no_right_answer(value, tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, 0])
+    spoil(b, 1, correct=value)
+    with pytest.raises(UserError, match=r"b/predictions\.jsonl:\d: correct is .*, expected true, false or null"):
+        compare.compare(a, b)
+
+
+@pytest.mark.parametrize("key", ["prompt", "answer", "cluster"])
+def test_questions_of_other_files_are_not_compared(key, tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, 0])
+    spoil(b, 1, **{key: "other"})
+    with pytest.raises(
+        UserError, match=rf"predictions\.jsonl: question 1 has {key} 'other', and .* not asked the same"
+    ):
+        compare.compare(a, b)
+
+
+def test_a_question_that_one_side_hides_is_not_wrong_there(tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, None])
+    with pytest.raises(UserError, match="question 1 is scored in one of .* and .* only"):
+        compare.compare(a, b)
+
+
+def test_a_question_that_stands_twice_is_named(tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, 0])
+    spoil(b, 1, id="0")
+    with pytest.raises(UserError, match=r"b/predictions\.jsonl:2: question 0 stands here a second time"):
+        compare.compare(a, b)
+
+
+@pytest.mark.parametrize("changes", [{"n": 1}, {"unparsed": 1}, {"predictions": "of others"}, {"asked": True}])
+def test_results_of_other_replies_are_not_compared(changes, tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, 0], **changes)
+    with pytest.raises(UserError, match=rf"b/results\.json: is not of the 2 lines .* \({next(iter(changes))} is"):
+        compare.compare(a, b)
+
+
+def test_what_cannot_be_read_to_an_end_is_not_read(tmp_path):
+    a, b = write(tmp_path / "a", [1, 0]), write(tmp_path / "b", [1, 0])
+    (b / "predictions.jsonl").unlink()
+    os.mkfifo(b / "predictions.jsonl")
+    with pytest.raises(UserError, match=r"b/predictions\.jsonl: not a regular file"):
+        compare.compare(a, b)
+
+
+def test_a_seed_below_zero_is_refused(tmp_path):
+    with pytest.raises(UserError, match="seed: got -1"):
+        compare.compare(write(tmp_path / "a", [1]), write(tmp_path / "b", [1]), seed=-1)

@@ -72,6 +72,10 @@ BAD = [
     (("--checkpoint=%/empty", "--output=%/out", "--step=3"), "--step=3: "),
     (("--checkpoint=%/run/checkpoints/20", "--output=%/out", "--step=30"), "already names a step"),
     (("--checkpoint=%/empty", "--output=%/run"), "run: holds 'checkpoints', which no export writes"),
+    (("--checkpoint=%/empty", "--output=%/run/checkpoints/30"), "stands among the files of the run"),
+    (("--checkpoint=%/empty", "--output=%/run/hf_files/new"), "stands among the files of the run"),
+    (("--checkpoint=%/empty", "--output=/"), "which no export writes"),
+    (("--checkpoint=/", "--output=%/out"), "/: not a checkpoint directory"),
 ]
 
 
@@ -321,3 +325,29 @@ def test_a_license_in_config_json_is_taken_where_no_card_has_one(tmp_path):
 
 def test_random_weights_have_no_license():
     assert "license" not in card(small.config(), 1, {}, "", small.directory()).text(False)
+
+
+@pytest.mark.parametrize("here", [".", "./", ""])
+def test_the_current_folder_is_a_checkpoint_as_any_other(made, tmp_path, here, monkeypatch):
+    """It has no name of its own, which the file of its checksums would take."""
+    shutil.copytree(made, tmp_path / "hf")
+    monkeypatch.chdir(tmp_path / "hf")
+    run(f"--checkpoint={here}", "--output=../out")
+    expected = {hf_names.normalise(name): tensor for name, tensor in tiny_hf.read(made).items()}
+    assert tiny_hf.same_bits(tiny_hf.read(tmp_path / "out"), expected)
+    monkeypatch.chdir(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run(f"--checkpoint={here}", "--output=../again")  # which has checksums
+
+
+@pytest.mark.parametrize("most", [100, 20_000])
+def test_a_full_disk_names_the_file_of_the_export(made, tmp_path, most):
+    command = [sys.executable, "-m", "latent_jax.convert", f"--checkpoint={made}", f"--output={tmp_path / 'out'}"]
+    limited = f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
+    limited += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    named = done.stderr.strip().splitlines()[-1]
+    assert named.startswith(f"error: {tmp_path / '.out.partial'}/") and named.endswith(": File too large")
+    assert not list(tmp_path.iterdir())

@@ -404,6 +404,38 @@ def test_other_weights_are_refused_and_a_copy_is_not(data, tmp_path):
     assert evaluate.run(config(model__path=model), tmp_path / "run", Fake())["n"] == 18
 
 
+@pytest.mark.parametrize("change", ["written anew", "another file", "a file gone"])
+def test_a_model_that_changes_while_it_is_read_answers_nothing(change, data, tmp_path):
+    """Its checksum would be that of other weights than those which reply."""
+    data(records.gqa())
+    model, fake = tmp_path / "model", Fake()
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    (model / "tokenizer.json").write_text("{}")
+
+    def load(told):
+        if change == "a file gone":
+            (model / "tokenizer.json").unlink()
+        else:
+            (model / ("model.safetensors" if change == "written anew" else "vocab.json")).write_bytes(b"other")
+        return fake(told)
+
+    said = error(config(model__path=model), tmp_path / "run", load)
+    assert str(model) in said and "changed while the model was being read; run the command again" in said
+    assert not fake.asked and not (tmp_path / "run" / "config.json").exists()
+    assert evaluate.run(config(model__path=model), tmp_path / "run", fake)["n"] == 18
+
+
+def test_results_know_their_replies_in_whatever_order_they_came(data, tmp_path):
+    data(records.gqa())
+    found = evaluate.run(config(), tmp_path, Fake(by_colour))
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert evaluate.run(config(), tmp_path, Fake())["predictions"] == found["predictions"]
+    other = evaluate.run(config(), tmp_path / "other", Fake())
+    assert other["predictions"] != found["predictions"]
+
+
 def test_a_flipped_bit_in_a_reply_is_named(data, tmp_path):
     data(records.gqa())
     evaluate.run(config(), tmp_path, Fake())

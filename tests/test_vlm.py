@@ -186,3 +186,31 @@ def test_each_step_is_another_model_to_an_evaluation(workdir):
     found = [checksum(f"{workdir}/checkpoints/{step}") for step in (1, 2)]
     assert [one["step"] for one in found] == [1, 2] and found[0]["sha256"] != found[1]["sha256"]
     assert found[1] == checksum(str(workdir)) and found[0]["files"] > 3
+
+
+def test_a_head_of_another_width_than_its_config_is_named(folder):
+    change(folder / "latent_config.json", width=7)
+    with pytest.raises(UserError, match=r"tensor 'fc2' has shape .*, expected \(7, "):
+        latent_jax.load(folder)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_conversation_longer_than_the_models_positions_is_refused(folder, nested):
+    """The limit counts the whole prompt, and one of that length is still answered."""
+    messages = [{"role": "user", "content": "What colour is the ball?"}]
+    change(folder / "config.json", max_position_embeddings=4096)
+    vlm = latent_jax.load(folder)
+    length = len(vlm.prompts([messages]).examples[0].tokens)
+    expected = vlm.generate([messages], 2)
+    for positions in (length, length - 1):
+        limit = {"max_position_embeddings": positions}
+        change(folder / "config.json", **({"text_config": limit} if nested else limit))
+        vlm = latent_jax.load(folder)
+        if positions == length:
+            assert vlm.generate([messages], 2) == expected
+    with pytest.raises(UserError, match=f"has {length} tokens, expected at most {length - 1}, the max_position"):
+        vlm.generate([messages], 2)
+
+
+def change(file, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

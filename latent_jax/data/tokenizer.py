@@ -38,6 +38,10 @@ def read(directory: Path):
             if name.endswith(".json") and (directory / name).exists():
                 read_json(directory / name)  # names the file, where that is what is wrong
         raise UserError(f"{directory}: no usable tokenizer ({one_line(problem)[:200]})") from None
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # Trainers leave them in tokenizer.json; transformers too turns them off wherever it is not asked for them.
+        backend.no_truncation()
+        backend.no_padding()
     file = directory / "chat_template.json"
     if not tokenizer.chat_template and file.exists():
         tokenizer.chat_template = read_json(file).get("chat_template")

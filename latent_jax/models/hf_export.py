@@ -85,8 +85,9 @@ def save(
     if params.keys() != hf_names.shapes(config).keys():
         wrong = sorted(params.keys() ^ hf_names.shapes(config).keys())
         raise ValueError(f"weights missing, or not of this model: {', '.join(wrong)}")
-    if source and Path(os.path.realpath(source)) == directory:
-        raise UserError(f"{directory}: the export would replace its own source; expected another directory")
+    if source and (origin := Path(os.path.realpath(source))) in (directory, *directory.parents):
+        what = "replace its own source" if origin == directory else f"stand inside its own source, {origin}"
+        raise UserError(f"{directory}: the export would {what}; expected another directory")
     check_replaceable(directory)
     if source and (Path(source) / ORIGIN_FILE).exists():
         check_origin(source)
@@ -122,23 +123,27 @@ def save(
 
 
 def check_replaceable(directory: str | Path) -> None:
-    """Raises UserError if the directory holds anything but an earlier export, which `save` would delete.
+    """Raises UserError if the directory holds anything but an earlier export, weights included, which `save` would
+    delete.
 
     What a killed export left beside it is cleared, or takes its place where nothing else does. A README.md is no
     hindrance: where it is the user's own, `save` keeps it.
     """
-    directory = Path(directory)
-    if jax.process_index() == 0:
-        staging.recover(Path(os.path.realpath(directory)))
+    directory, place = Path(directory), Path(os.path.realpath(directory))
+    if jax.process_index() == 0 and place.name:  # the root has none, and nothing beside it
+        staging.recover(place)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: a file; expected a directory to write a checkpoint to")
     known = {*SMALL_FILES, LATENT_WEIGHTS, LATENT_CONFIG, INDEX_FILE, ORIGIN_FILE, sums.FILE, CARD}
-    for entry in sorted(directory.iterdir()) if directory.exists() else ():
-        if entry.name not in known and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name):
-            raise UserError(
-                f"{directory}: holds '{entry.name}', which no export writes; expected a new or empty "
-                "directory, or an earlier export to replace"
-            )
+    expected = "expected a new or empty directory, or an earlier export to replace"
+    entries, weights = sorted(directory.iterdir()) if directory.exists() else [], False
+    for entry in entries:
+        is_weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", entry.name) is not None
+        if (entry.name not in known and not is_weights) or entry.is_dir():
+            raise UserError(f"{directory}: holds '{entry.name}', which no export writes; {expected}")
+        weights = weights or is_weights or entry.name in (INDEX_FILE, sums.FILE)  # of one that is damaged
+    if not weights and (others := [entry.name for entry in entries if entry.name != CARD]):
+        raise UserError(f"{directory}: holds '{others[0]}' and no weights, so it is no export; {expected}")
 
 
 def write_card(directory: Path, text: str) -> None:

@@ -309,7 +309,7 @@ def _weight_files(directory: Path) -> dict[str, list[str]]:
         raise UserError(f"{index}: {expected}")
     files = {file: [] for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
-        if Path(file).name != file or file in (".", "..") or "\0" in file:
+        if not file or Path(file).name != file or file in (".", "..") or "\0" in file or len(file) > 255:
             raise UserError(f"{index}: tensor {shown(name)} is put in {shown(file)}, expected a file name")
         if not (directory / file).exists():
             raise UserError(f"{directory / file}: missing; {INDEX_FILE} names it")

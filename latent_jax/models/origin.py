@@ -6,7 +6,6 @@ of every tensor; and a checksum of each of these, so that damage is noticed befo
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from latent_jax.models.card import LICENSE_KEYS, stated_license
 from latent_jax.models.hf_io import INDEX_FILE, SINGLE_FILE, SMALL_FILES
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.models.staging import staged
-from latent_jax.runtime.files import as_json, read_json, write_text
+from latent_jax.runtime.files import as_json, read_bytes, read_json, whole, write_text
 
 # In a workdir: dtype and file of every tensor of the checkpoint that the run started from.
 ORIGIN_FILE = "tensors.json"
@@ -105,9 +104,16 @@ def check_origin(directory: str | Path) -> None:
 
 
 def copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
+    """Copies those of the files that are there. What an export is made of must be whole: UserError naming the file that
+    is a link to nothing, no regular file, or no JSON under such a name."""
     for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+        if not os.path.lexists(source / name):
+            continue
+        content = read_bytes(source / name)
+        if name.endswith(".json"):
+            read_json(source / name, expected="a JSON object of a Hugging Face checkpoint")
+        with whole(destination / name) as file:
+            file.write(content)
 
 
 def write_json(path: Path, value) -> None:

@@ -9,6 +9,7 @@ of its checksum. README.md is the owner's to edit. A folder without checksums, a
 """
 
 import hashlib
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def of_tensor(tensor: np.ndarray, before: int = 0) -> int:
 
 def place(directory: Path) -> Path:
     """Where a folder's checksums stand: in it, or beside it where copies of the folder are there to be changed."""
-    inside, beside = directory / FILE, directory.with_name(f"{directory.name}.{FILE}")
+    whole = Path(os.path.abspath(directory))  # "." and ".." have a name too
+    inside, beside = directory / FILE, whole.parent / f"{whole.name}.{FILE}"
     return beside if beside.exists() and not inside.exists() else inside
 
 

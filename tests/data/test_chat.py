@@ -1,6 +1,7 @@
 """Token ids against what HF's processor computes; loss masks, positions and features against slow references."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,25 @@ def test_a_tokenizer_without_qwens_tokens_is_refused(tmp_path):
     specials = [token for token in tiny_codec.SPECIALS if token != "<|vision_end|>"]
     with pytest.raises(UserError, match="vision_end"):
         Codec.from_directory(tiny_codec.write(tmp_path, specials=specials))
+
+
+def test_truncation_and_padding_that_a_trainer_left_change_no_prompt(codec, directory, tmp_path):
+    """transformers turns both off wherever it is not asked for them."""
+    file = Path(shutil.copytree(directory, tmp_path / "hf")) / "tokenizer.json"
+    padding = dict(strategy={"Fixed": 64}, direction="Right", pad_id=0, pad_type_id=0, pad_token="<|endoftext|>")
+    padding["pad_to_multiple_of"] = None
+    for key, value in {
+        "truncation": dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0),
+        "padding": padding,
+    }.items():
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, key: value}))
+        messages = [{"role": "user", "content": "What colour is the red ball left of the blue cube?"}]
+        expected = codec.lay_out(codec.render(messages)).tokens
+        read = Codec.from_directory(file.parent)
+        found = read.lay_out(read.render(messages)).tokens
+        np.testing.assert_array_equal(found, expected)
+        file.write_text(json.dumps(content))
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path):

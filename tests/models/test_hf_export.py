@@ -1,6 +1,8 @@
 """Export: bit-equal round trips, what stands beside the weights, and destinations that are whole or untouched."""
 
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, os_error
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import from_json
@@ -236,3 +238,56 @@ def test_weights_of_another_model_are_refused(made, tmp_path):
     arrays["text.bloks.q"] = arrays.pop("text.blocks.q")
     with pytest.raises(ValueError, match=r"weights missing, or not of this model: text\.blocks\.q, text\.bloks\.q"):
         hf_export.save(tmp_path / "b", arrays, from_json(made / "config.json"))
+
+
+def test_nothing_is_exported_into_its_source(made):
+    with pytest.raises(UserError, match="would stand inside its own source"):
+        export(made, made / "new")
+    assert not (made / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "LICENSE", "tokenizer.json"])
+def test_a_folder_without_weights_is_no_export_to_replace(made, tmp_path, name):
+    (tmp_path / "b").mkdir()
+    for file in (name, "README.md"):
+        (tmp_path / "b" / file).write_text("mine")
+    with pytest.raises(UserError, match=rf"b: holds '{name}' and no weights, so it is no export"):
+        export(made, tmp_path / "b")
+    assert (tmp_path / "b" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "model.safetensors.index.json", "checksums.json"])
+def test_an_export_that_lost_a_file_is_one_to_replace(made, tmp_path, lost):
+    output = export(made, tmp_path / "b")
+    (output / lost).unlink()
+    assert (export(made, output) / lost).exists()
+
+
+def test_a_folder_under_the_name_of_a_file_is_not_deleted(made, tmp_path):
+    output = export(made, tmp_path / "b")
+    (output / "tokenizer.model").mkdir()
+    (output / "tokenizer.model" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds 'tokenizer.model', which no export writes"):
+        export(made, output)
+    assert (output / "tokenizer.model" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("generation_config.json", lambda file: file.write_text('{"eos'), "cannot be read as JSON"),
+        ("tokenizer_config.json", lambda file: file.write_text("[]"), "got a list"),
+        ("merges.txt", lambda file: file.symlink_to("nowhere"), "no such file"),
+        ("vocab.json", os.mkfifo, "not a regular file"),
+        ("LICENSE", Path.mkdir, "not a regular file"),
+    ],
+)
+def test_what_is_copied_is_looked_at_first(tmp_path, name, spoil, message):
+    source = tiny_hf.write(tmp_path / "hf")
+    (source / name).unlink(missing_ok=True)
+    spoil(source / name)
+    with pytest.raises((UserError, OSError)) as caught:
+        export(source, tmp_path / "b")
+    line = str(caught.value) if isinstance(caught.value, UserError) else os_error(caught.value)
+    assert line.startswith(f"{source / name}: ") and message in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]

@@ -202,6 +202,8 @@ def test_a_missing_shard_is_named(tmp_path):
 INDEX_BREAKS = [
     (lambda index: index["weight_map"].update(ghost=index["weight_map"][NORM]), r"tensor 'ghost' is missing, model"),
     (lambda index: index["weight_map"].update({NORM: "../elsewhere.safetensors"}), "expected a file name"),
+    (lambda index: index["weight_map"].update({NORM: ""}), r"index\.json: .* is put in '', expected a file name"),
+    (lambda index: index["weight_map"].update({NORM: "x" * 5000}), r"is put in 'x{99}\.\.\., expected a file name"),
     (lambda index: index.pop("weight_map"), r"index\.json: expected JSON with a 'weight_map'"),
     (lambda index: index.update(weight_map=[1]), r"index\.json: expected JSON with a 'weight_map'"),
 ]
