@@ -24,6 +24,12 @@ def _raise(problem):
     [
         (UserError("data.json: line 3:\n  no JSON"), "error: data.json: line 3: no JSON"),
         (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device"),
+        # A copy: what is full is where it goes.
+        (OSError(28, "No space left on device", "model/a", None, "runs/a"), "error: runs/a: No space left on device"),
+        (
+            FileExistsError(17, "File exists", "runs"),
+            "error: runs: is there and not a directory; expected a directory, or nothing",
+        ),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
         # os.getcwd() where somebody removed the directory

@@ -18,7 +18,7 @@ import numpy as np
 
 from latent_jax.errors import UserError
 from latent_jax.models import sums
-from latent_jax.runtime.files import checksum
+from latent_jax.runtime.files import checksum, naming
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -100,7 +100,7 @@ def write(path: Path, entries: Mapping[str, Entry]) -> dict:
     text += b" " * (-len(text) % 8)
     found = {"header": checksum(text), "tensors": {}}
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             before, crc = file.tell(), 0
