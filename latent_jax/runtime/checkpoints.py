@@ -80,6 +80,7 @@ class Checkpoints:
         self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False, run: str | None = None
     ):
         self.directory, self.every, self._run = Path(directory).absolute(), every, run
+        self._policy = None
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(f"{self.directory}: not a directory; expected a run's checkpoints, or nothing")
         self._check_names()
@@ -144,6 +145,11 @@ class Checkpoints:
         }
         documents = {"iterator": files.sealed(iterator_state), "extra": files.sealed(extra)}
         documents = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
+        # Until `close`: Orbax's threads make their loops when they come to it. As in reading, of many arrays that
+        # cannot be written the first ends the loop.
+        if self._policy is None:
+            self._policy = asyncio.get_event_loop_policy()
+            asyncio.set_event_loop_policy(_PatientLoops())
         with self._writing():
             return self._manager.save(step, args=ocp.args.Composite(**items, **documents), force=True)
 
@@ -184,8 +190,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go of threads and files."""
-        with self._writing():
-            self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._policy is not None:
+                asyncio.set_event_loop_policy(self._policy)
+                self._policy = None
 
     def set_aside(self, steps: list[int], to: Path) -> None:
         """Moves steps out of the way, into the folder `to`, each under a name that is free there.

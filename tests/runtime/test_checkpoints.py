@@ -288,3 +288,28 @@ def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith(f"error: {tmp_path / '1' / 'params'}: cannot be read back")
     assert "TensorStore details" not in lines[0]
+
+
+TOO_LARGE = """
+import resource, sys
+import jax.numpy as jnp
+from latent_jax.command import command
+from latent_jax.runtime.checkpoints import Checkpoints
+
+@command
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(1, {"params": [jnp.arange(2.0**14) * i for i in range(40)]}, {})
+        checkpoints.wait()
+
+main()
+"""
+
+
+def test_arrays_that_cannot_be_written_are_one_line(tmp_path):
+    """TensorStore's threads told a loop that was gone, at length, of every array after the first."""
+    command = [sys.executable, "-c", TOO_LARGE, str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: {tmp_path / 'run'}: a checkpoint cannot be written: File too large\n"
