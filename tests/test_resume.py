@@ -20,6 +20,7 @@ from latent_jax.models import sums
 from latent_jax.models.heads import LatentVLM
 from latent_jax.resume import check_start
 from latent_jax.runtime import lock, provenance
+from latent_jax.state import TrainState
 from tests.reference import small, untimed
 
 
@@ -224,8 +225,9 @@ def test_weights_that_are_not_finite_are_not_begun_with(scenes, tmp_path, monkey
 def test_of_a_weight_and_the_statistics_that_it_spoils_the_weight_is_named(scenes):
     """head.mean stands in no file of the model."""
     bad = jnp.array([1.0, jnp.inf])
-    state = mock.Mock(trainable={"head.fc1": bad}, frozen={"head.mean": bad, "vlm.visual.patch_embed": bad})
-    with pytest.raises(UserError, match="^hf: vlm.visual.patch_embed is not finite"):
+    frozen = {"head.mean": bad, "vlm.visual.patch_embed": bad}
+    state = TrainState(step=jnp.zeros((), jnp.int32), trainable={"head.fc1": bad}, opt_state=(), frozen=frozen)
+    with pytest.raises(UserError, match="^random weights: vlm.visual.patch_embed is not finite"):
         check_start(state, config_of(scenes), Path("hf"))
 
 
