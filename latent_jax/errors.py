@@ -1,6 +1,7 @@
 """The one exception that stands for a mistake in what the user gave us, and messages in one line."""
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -31,9 +32,13 @@ def os_error(problem: OSError) -> str:
     reason = problem.strerror or one_line(problem) or type(problem).__name__
     if isinstance(problem, FileNotFoundError):
         reason = "no such file" if problem.filename else "no such file; was the current directory removed?"
-    return one_line(
-        f"{os.fsdecode(problem.filename)}: {reason}" if isinstance(problem.filename, str | bytes) else reason
-    )
+    if isinstance(problem, FileExistsError):  # of a folder that is to be made where there is none
+        reason = "is there and not a directory; expected a directory, or nothing"
+    file = problem.filename
+    # Of a copy both are known, and what a full disk refuses is the copy.
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) and problem.filename2 is not None:
+        file = problem.filename2
+    return one_line(f"{os.fsdecode(file)}: {reason}" if isinstance(file, str | bytes) else reason)
 
 
 def say_line(line: str) -> None:

@@ -11,13 +11,16 @@ import functools
 import itertools
 import math
 import reprlib
+import struct
 import types
 import typing
 
 from latent_jax.errors import UserError
 
 
-def option(default, doc: str, *, choices=None, low=None, high=None, above=None, ascending=False, resumable=False):
+def option(
+    default, doc: str, *, choices=None, low=None, high=None, above=None, below=None, ascending=False, resumable=False
+):
     """A dataclass field with its documentation and its limits.
 
     Args:
@@ -25,13 +28,13 @@ def option(default, doc: str, *, choices=None, low=None, high=None, above=None, 
       doc: half a sentence for `--help`, with the unit.
       choices: the only values allowed.
       low, high: inclusive limits; they hold for every number inside a tuple.
-      above: exclusive lower limit.
+      above, below: exclusive limits.
       ascending: of a tuple of tuples, each begins with a larger number than the one before.
       resumable: a run may be resumed with another value, because no trained number depends on it, but for the order in
         which the same numbers are added.
     """
-    limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, ascending=ascending, resumable=resumable)
-    return dataclasses.field(default=default, metadata=limits)
+    limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, below=below)
+    return dataclasses.field(default=default, metadata={**limits, "ascending": ascending, "resumable": resumable})
 
 
 @functools.cache
@@ -57,6 +60,11 @@ def check(key: str, value, annotation, limits):
     if fitted is _NO or not _inside(fitted, limits) or (choices and fitted not in choices):
         near = _suggest(value, choices) if choices and isinstance(value, str) else ""
         raise UserError(f"{key}: got {shown(value)}, expected {expected(annotation, limits)}{near}")
+    if (odd := _not_float32(fitted)) is not None:
+        raise UserError(
+            f"{key}: got {odd:g}, which the float32 of a step cannot hold; expected {expected(annotation, limits)}, "
+            f"and 0 or {_SMALLEST:.2g} to {_LARGEST:.2g} in size"
+        )
     if limits.get("ascending") and not all(a[0] < b[0] for a, b in itertools.pairwise(fitted or ())):
         firsts = ", ".join(f"{point[0]:g}" for point in fitted)
         raise UserError(f"{key}: got points at {firsts}, expected each later than the one before")
@@ -107,6 +115,7 @@ class _No:
 
 
 _NO = _No()
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # float32's normal numbers
 
 
 def _parts(annotation) -> tuple:
@@ -156,8 +165,25 @@ def _inside(value, limits) -> bool:
         return all(_inside(one, limits) for one in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
-    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
-    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    low, high, above, below = (limits.get(name) for name in ("low", "high", "above", "below"))
+    if (low is not None and value < low) or (above is not None and value <= above):
+        return False
+    # A step computes with what float32 makes of it, which may be the limit itself.
+    return (high is None or value <= high) and (below is None or _float32(value) < below)
+
+
+def _not_float32(value) -> float | None:
+    """The first float in `value` that float32 would make infinite, or (subnormal ones too, on a CPU) zero."""
+    if isinstance(value, tuple):
+        return next((odd for one in value if (odd := _not_float32(one)) is not None), None)
+    if not isinstance(value, float) or value == 0 or _SMALLEST <= abs(value) <= _LARGEST:
+        return None
+    return value
+
+
+def _float32(value: float) -> float:
+    """The nearest float32 of a number within its range."""
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _named(annotation) -> str:
@@ -174,10 +200,11 @@ _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 
 def _range(limits) -> str:
-    low, high, above = limits.get("low"), limits.get("high"), limits.get("above")
+    low, high, above, below = (limits.get(name) for name in ("low", "high", "above", "below"))
     if low is not None and high is not None:
         return f" in {low}..{high}"
-    bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None]
+    signs = ((">=", low), (">", above), ("<=", high), ("<", below))
+    bounds = [f"{sign} {bound}" for sign, bound in signs if bound is not None]
     return (" " + " and ".join(bounds)) if bounds else ""
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax
 from latent_jax import workdir
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
-from latent_jax.models import hf_export, lora
+from latent_jax.models import hf_export, lora, sums
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files, hosts, preemption
 from latent_jax.runtime.checkpoints import Checkpoints
@@ -57,7 +58,10 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
         expected = checkpoints.extra(latest).get("metrics") if same else None
     except (UserError, KeyError):  # not there, or damaged: then it is done again
         same = False
-    whole = not config.checkpoint.export or (directory / "hf" / "config.json").exists()
+    hf = directory / "hf"
+    # Exports of earlier versions have no checksums.
+    there = sums.complete(hf) if sums.place(hf).exists() else (hf / "config.json").exists()
+    whole = there or not config.checkpoint.export
     # A host may see late what another wrote to a shared disk, and all must go the same way.
     if hosts.summed({"finished": float(same and whole)})()["finished"] < jax.process_count():
         return None
@@ -114,13 +118,22 @@ def _command() -> str:
     return shlex.join(["python", "-m", "latent_jax.main", *sys.argv[1:]]) if as_command else ""
 
 
+def _check_files(directory: Path, names: Sequence[str]) -> None:
+    """Raises UserError where the end of the run could not write one of its files: a folder has its name."""
+    if taken := [name for name in names if (directory / name).is_dir()]:
+        raise UserError(
+            f"{directory / taken[0]}: a directory; expected a file of an earlier run, or nothing: move it away"
+        )
+
+
 def look_ahead(config, method, directory: Path) -> list[str]:
     """Checks what only the end of the run needs. Returns lines on what will be left out.
 
-    Raises UserError where the export could not be written.
+    Raises UserError where the export, or a file of the report, could not be written.
     """
     if config.checkpoint.export and hosts.primary():
         hf_export.check_replaceable(directory / "hf")
+    _check_files(directory, (FINISHED, *getattr(method, "REPORT_FILES", ())))
     if not getattr(method, "REPORT", ""):
         return []
     missing = importlib.import_module(method.REPORT).lacking(config)

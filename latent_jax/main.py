@@ -47,6 +47,8 @@ def parse(arguments: list[str]) -> tuple[Config | Evaluation, Path]:
         raise UserError(f"{extra[0]}: expected only --config=FILE, --workdir=DIR and --config.KEY=VALUE; see --help")
     if parsed.config is None:
         raise UserError("--config is missing: expected a config file, as in --config=configs/pretrain.py")
+    if parsed.workdir == "":
+        raise UserError("--workdir: got '', expected a directory; leave the flag out for runs/NAME")
     schema.override(parsed.config, overrides)
     return schema.resolve(parsed.config), _checked(parsed.workdir or _default_workdir(path))
 

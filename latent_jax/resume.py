@@ -20,6 +20,11 @@ def check_begun(config, directory: Path) -> None:
     if (directory / workdir.CONFIG).exists():
         schema.check_resume(schema.read(directory / workdir.CONFIG)[0], config)
     done = max(workdir.steps(directory), default=0)
+    if done and not (directory / workdir.CONFIG).exists():
+        raise UserError(
+            f"{directory}: has checkpoints and no {workdir.CONFIG} that says what they were trained with; bring it "
+            "back, or use a new --workdir"
+        )
     if done > config.train.steps:
         raise UserError(
             f"config.train.steps: got {config.train.steps}, but {directory} holds a checkpoint of step {done}; "
@@ -72,6 +77,8 @@ def check_start(state: TrainState, config, origin: Path) -> None:
     """Raises UserError where a weight that the run begins with, or a statistic, is not finite."""
     _, bad = checksums.examined({**state.trainable, **state.frozen})
     if bad:
+        # Statistics follow from the weights: where both are bad, a weight is what was found.
+        bad = sorted(bad, key=lambda path: not path.startswith("vlm."))
         where = "random weights" if config.model.init == "random" else origin
         raise UserError(f"{where}: {bad[0]} is not finite (NaN or infinite) before the first step; expected numbers")
 

@@ -53,15 +53,15 @@ class Data:
     )
     latent_cache: str = option("", "directory of the targets' latents, made on first use; empty = computed in the step")
     replay: float = option(0.25, "share of ordinary image -> caption examples", low=0, high=1)
-    min_pixels: int = option(0, "least pixels of a resized image; 0 = the checkpoint's", low=0)
-    max_pixels: int = option(0, "most pixels of a resized image; 0 = the checkpoint's", low=0)
+    min_pixels: int = option(0, "least pixels of a resized image; 0 = the checkpoint's", low=0, high=2**31)
+    max_pixels: int = option(0, "most pixels of a resized image; 0 = the checkpoint's", low=0, high=2**31)
     threads: int = option(2, "threads that decode and resize images", low=1, high=1024, resumable=True)
-    groups: int = option(0, "groups that a step is packed into; 0 = one for each data shard", low=0)
+    groups: int = option(0, "groups that a step is packed into; 0 = one for each data shard", low=0, high=2**20)
     row_tokens: int = option(4096, "longest row that is chosen from a sample of lengths", low=64)
-    rows: int = option(0, "rows of a group; 0 = from a sample of lengths", low=0)
-    tokens: int = option(0, "tokens of a row; 0 = from a sample of lengths", low=0)
-    patches: int = option(0, "patches of a group; 0 = from a sample of lengths", low=0)
-    image_patches: int = option(0, "most patches of one image; 0 = from a sample of lengths", low=0)
+    rows: int = option(0, "rows of a group; 0 = from a sample of lengths", low=0, high=2**20)
+    tokens: int = option(0, "tokens of a row; 0 = from a sample of lengths", low=0, high=2**24)
+    patches: int = option(0, "patches of a group; 0 = from a sample of lengths", low=0, high=2**30)
+    image_patches: int = option(0, "most patches of one image; 0 = from a sample of lengths", low=0, high=2**30)
     sample: int = option(256, "examples measured to choose the sizes above", low=1)
     max_bad: float = option(
         0.05, "share of broken records that is skipped before it is an error", low=0, high=1, resumable=True
@@ -92,8 +92,8 @@ class Train:
         0.1, "AdamW's decoupled decay, on matrices only (no norms, biases, slot embeddings)", low=0
     )
     clip: float = option(1.0, "largest global gradient norm; 0 = no clipping", low=0)
-    beta1: float = option(0.9, "AdamW's first moment decay", low=0, high=1)
-    beta2: float = option(0.95, "AdamW's second moment decay", low=0, high=1)
+    beta1: float = option(0.9, "AdamW's first moment decay", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's second moment decay", low=0, below=1)
     epsilon: float = option(1e-8, "AdamW's denominator offset", above=0)
 
 
@@ -116,7 +116,11 @@ class Mesh:
         -1, "devices that parameters and batch are sharded over; -1 = all that is left", low=-1, resumable=True
     )
     cpu_devices: int = option(
-        1, "devices that a CPU is divided into, one core each; ignored on accelerators", low=1, resumable=True
+        1,
+        "devices that a CPU is divided into, one core each; ignored on accelerators",
+        low=1,
+        high=1024,
+        resumable=True,
     )
     tp: int = option(
         1, "devices that heads and feed-forward are split over; -1 = all that is left", low=-1, resumable=True
@@ -222,20 +226,34 @@ def check(config: Config) -> None:
             raise UserError(f"config.mesh.{axis}: got 0, expected an integer >= 1, or -1 for all that is left")
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: got {sizes}, expected at most one -1 (all that is left)")
-    hosts = config.hosts
-    if hosts.coordinator and not 0 <= hosts.index < hosts.count:
-        raise UserError(
-            f"config.hosts.index: got {hosts.index} of config.hosts.count = {hosts.count}, expected 0 <= index < count "
-            "beside config.hosts.coordinator"
-        )
-    if hosts.coordinator and not hosts.coordinator.rpartition(":")[2].isdigit():
-        raise UserError(f"config.hosts.coordinator: got {hosts.coordinator!r}, expected ADDRESS:PORT")
+    check_hosts(config.hosts)
     shapes = sorted(path.stem for path in PRESETS.glob("*.json"))
     fields.check("config.model.preset", model.preset, str, {"choices": ["", *shapes]})
     if model.preset and not model.path and model.init == "checkpoint":
         raise UserError(
             f"config.model.preset: {model.preset!r} is a shape without weights; set config.model.path, "
             "or config.model.init=random"
+        )
+
+
+def check_hosts(hosts: Hosts) -> None:
+    """Raises UserError where the processes of a run could not find each other, or would each run alone unnoticed."""
+    if not hosts.coordinator:
+        for name, unset in (("count", 0), ("index", -1)):
+            if (value := getattr(hosts, name)) != unset:
+                raise UserError(
+                    f"config.hosts.{name}: got {value} without config.hosts.coordinator, expected both or neither"
+                )
+        return
+    if not 0 <= hosts.index < hosts.count:
+        raise UserError(
+            f"config.hosts.index: got {hosts.index} of config.hosts.count = {hosts.count}, expected 0 <= index < count "
+            "beside config.hosts.coordinator"
+        )
+    address, _, port = hosts.coordinator.rpartition(":")
+    if not address or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"config.hosts.coordinator: got {hosts.coordinator!r}, expected ADDRESS:PORT, a port below 65536"
         )
 
 

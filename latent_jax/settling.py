@@ -1,6 +1,8 @@
 """What a run decides once, from its data and its machine, and keeps in config.json: the batch's static shapes."""
 
 import dataclasses
+import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
         check_same(measured.get("made_from", {}), now_from, directory)
     else:
         chosen, notes = _choose_budgets(config, method, codec, model_config, data, shards)
-        measured = {"budgets": dataclasses.asdict(chosen)}
+        measured = {"budgets": dataclasses.asdict(chosen), "run": secrets.token_hex(8)}
     measured["made_from"] = now_from
     try:
         budgets = packing.Budgets(**measured["budgets"])
@@ -103,6 +105,7 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         row_tokens=config.data.row_tokens,
         slots=method.slots(config),
         named=named_sizes(config.data),
+        memory=jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
     return budgets, notes
 

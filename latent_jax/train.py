@@ -105,7 +105,12 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     setup = make_setup(config, method, model_config, mesh, dtypes)
     # Whatever ends the run, a save that was begun is finished.
     checkpoints = opened.enter_context(
-        Checkpoints(directory / workdir.CHECKPOINTS, config.checkpoint.every, config.checkpoint.keep)
+        Checkpoints(
+            directory / workdir.CHECKPOINTS,
+            config.checkpoint.every,
+            config.checkpoint.keep,
+            run=schema.read(directory / workdir.CONFIG)[1].get("run"),
+        )
     )
     if (done := finished(checkpoints, config, directory)) is not None:
         _teller(config)(f"finished: all {config.train.steps} steps are done; the results lie in {directory}")

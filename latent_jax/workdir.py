@@ -58,7 +58,8 @@ class Run:
 
         Adapters are merged into the weights that they adapt: what comes back is the model without any.
         """
-        with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
+        run = self.measured.get("run")
+        with Checkpoints(self.directory / CHECKPOINTS, read_only=True, run=run) as checkpoints:
             found = dict(checkpoints.restore_item(step, "trainable"))
             if any(path not in found for path in self.structure.variables):
                 found |= checkpoints.restore_item(step, "frozen")

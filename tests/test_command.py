@@ -28,6 +28,12 @@ def _raise(problem):
         (UserError("a\x1b[2J\x07\u202e.json: no JSON"), "error: a\\x1b[2J\\x07\\u202e.json: no JSON"),
         (OSError(28, "No space left on device", "a\nb\x1b"), "error: a b\\x1b: No space left on device"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 TiB"), "error: not enough memory: RESOURCE_EXHAUSTED: 9 TiB"),
+        # A copy: what is full is where it goes.
+        (OSError(28, "No space left on device", "model/a", None, "runs/a"), "error: runs/a: No space left on device"),
+        (
+            FileExistsError(17, "File exists", "runs"),
+            "error: runs: is there and not a directory; expected a directory, or nothing",
+        ),
         (OSError("disk quota"), "error: disk quota"),
         (TimeoutError(), "error: TimeoutError"),
         # os.getcwd() where somebody removed the directory

@@ -133,7 +133,7 @@ def test_override_speaks_the_schemas_words(key, text, message):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 10**6), st.floats(0, 1), st.booleans(), st.text(max_size=20))
+@given(st.integers(1, 10**6), st.floats(0, 1, width=32, allow_subnormal=False), st.booleans(), st.text(max_size=20))
 def test_config_json_comes_back_equal(tmp_path_factory, steps, replay, progress, path):
     sys.modules["latent_jax.methods.fake"].SECTIONS = {"loss": Loss}
     dotted = dict(train__steps=steps, data__replay=replay, log__progress=progress, model__path=path)

@@ -55,7 +55,7 @@ def test_limits_hold_inside_tuples():
 @given(
     st.one_of(
         st.tuples(st.just(int), st.integers()),
-        st.tuples(st.just(float), st.floats(allow_nan=False, allow_infinity=False)),
+        st.tuples(st.just(float), st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False, width=32)),
         st.tuples(st.just(bool), st.booleans()),
         st.tuples(st.just(str), st.text()),
         st.tuples(st.just(tuple[int, ...]), st.lists(st.integers()).map(tuple)),
@@ -80,6 +80,19 @@ def test_what_str_writes_parse_reads(pair):
 )
 def test_short_spellings(text, annotation, value):
     assert fields.parse("key", text, annotation, {}) == value
+
+
+def test_a_float_is_one_that_float32_can_hold():
+    limits = dict(low=0)
+    for value in (0.0, 1e-37, 3.4e38, (1e-37, 0.0)):
+        kind = tuple[float, ...] if isinstance(value, tuple) else float
+        assert fields.check("key", value, kind, limits) == value
+    for value, kind in ((1e-39, float), (3.5e38, float), (10**39, float), ((1.0, 1e-46), tuple[float, ...])):
+        with pytest.raises(UserError, match="^key: got .*, which the float32 of a step cannot hold; expected a"):
+            fields.check("key", value, kind, limits)
+    assert fields.check("key", 1 - 2**-24, float, dict(below=1)) == 1 - 2**-24
+    with pytest.raises(UserError, match="expected a number < 1$"):
+        fields.check("key", 1 - 2**-26, float, dict(below=1))
 
 
 def test_unknown_names_the_nearest_or_all():

@@ -91,6 +91,7 @@ def test_the_workdir_is_named_after_config_and_variant():
         (["--config=nowhere.py"], r"--config=nowhere\.py: no such file: nowhere\.py"),
         (["--config={file}", "--wrkdir=x"], r"--wrkdir: no such flag"),
         (["--config={file}", "stray"], r"stray: expected only --config"),
+        (["--config={file}", "--workdir="], r"--workdir: got '', expected a directory"),
         (["--config={file}:huge"], r"no variant 'huge'; expected one of oops"),
         (["--config={file}:oops"], r"config\.train\.batch_sise: no such key; did you mean 'batch_size'\?"),
         (["--config={file}", "--config.train.stpes=3"], r"config\.train\.stpes: no such key; did you mean 'steps'\?"),

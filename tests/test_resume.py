@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
+from latent_jax.models import sums
 from latent_jax.models.heads import LatentVLM
+from latent_jax.resume import check_start
 from latent_jax.runtime import lock, provenance
+from latent_jax.state import TrainState
 from tests.reference import small, untimed
 
 
@@ -161,6 +165,35 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_falls_back(whole, scene
     assert untimed.metrics(directory) == untimed.metrics(whole)
 
 
+def test_checkpoints_without_their_config_are_not_gone_on_with(stopped, scenes):
+    """With other settings nobody would have noticed."""
+    (stopped / "config.json").unlink()
+    with pytest.raises(UserError, match="run: has checkpoints and no config.json that says what they were trained"):
+        train.run(config_of(scenes, learning_rate=0.5), stopped)
+    assert not (stopped / "config.json").exists()
+
+
+def test_the_checkpoint_of_another_run_is_told_even_with_its_metrics(stopped, whole, scenes, tmp_path):
+    train.run(config_of(scenes, learning_rate=0.5), tmp_path / "other")
+    shutil.rmtree(stopped / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", stopped / "checkpoints")
+    shutil.copy(tmp_path / "other" / "metrics.jsonl", stopped / "metrics.jsonl")
+    with pytest.raises(UserError, match="checkpoints/4/extra/metadata: was saved by another run.*No other checkpoint"):
+        train.run(config_of(scenes), stopped)
+
+
+def test_an_export_whose_weights_are_gone_is_not_finished(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("weights")
+    assert not sums.complete(folder)  # nothing says what was written
+    sums.write(folder, {"model.safetensors": {"header": "", "tensors": {}}})
+    assert sums.complete(folder)
+    (folder / "model.safetensors").unlink()
+    assert not sums.complete(folder)
+
+
 def test_a_finished_run_whose_metrics_were_changed_says_so(whole, scenes, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(whole, directory)
@@ -189,6 +222,15 @@ def test_weights_that_are_not_finite_are_not_begun_with(scenes, tmp_path, monkey
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_of_a_weight_and_the_statistics_that_it_spoils_the_weight_is_named(scenes):
+    """head.mean stands in no file of the model."""
+    bad = jnp.array([1.0, jnp.inf])
+    frozen = {"head.mean": bad, "vlm.visual.patch_embed": bad}
+    state = TrainState(step=jnp.zeros((), jnp.int32), trainable={"head.fc1": bad}, opt_state=(), frozen=frozen)
+    with pytest.raises(UserError, match="^random weights: vlm.visual.patch_embed is not finite"):
+        check_start(state, config_of(scenes), Path("hf"))
+
+
 def test_a_gradient_that_is_not_finite_saves_nothing(scenes, tmp_path):
     with pytest.raises(UserError, match="is not finite|norm of the gradient is|the loss is"):
         train.run(config_of(scenes, learning_rate=1e30, clip=0.0), tmp_path / "run")
@@ -207,6 +249,23 @@ def test_a_missing_held_out_split_is_told_once_at_the_start(scenes, tmp_path):
     assert "config.data.holdout=N keeps N records of the training split for it" in line
     said, model, codec = [], mock.Mock(spec=LatentVLM), mock.Mock(spec=Codec)
     assert imagination.run(model, config, codec, tmp_path, said.append) == {} and not said
+
+
+def test_what_is_trained_on_is_not_reported_as_held_out(scenes):
+    config = config_of(scenes)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="train"))
+    assert imagination.lacking(config).startswith(
+        "config.evaluate.split: 'train' is what the run trains on; config.data"
+    )
+    held = dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=5))
+    assert imagination.lacking(held) == ""
+
+
+@pytest.mark.parametrize("name", [finish.FINISHED, "imagination.json", "curves.png", "neighbours.png"])
+def test_a_folder_in_the_place_of_the_last_files_is_told_before_step_one(name, scenes, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: a directory; expected a file of an earlier run, or nothing"):
+        finish.look_ahead(config_of(scenes), pretrain, tmp_path)
 
 
 def test_a_damaged_held_out_split_ends_the_run_before_it_counts_as_finished(scenes, tmp_path, monkeypatch):

@@ -17,6 +17,24 @@ from latent_jax.settings import PRESETS, mixture
         ({"data.latent_cache": "c", "model.trainable": "all"}, r"config\.data\.latent_cache: got 'c', expected ''"),
         ({"hosts.coordinator": "a:1", "hosts.count": 2, "hosts.index": 2}, r"config\.hosts\.index: got 2 of .* = 2"),
         ({"hosts.coordinator": "a", "hosts.count": 2, "hosts.index": 0}, r"config\.hosts\.coordinator: got 'a'"),
+        ({"hosts.count": 2}, r"config\.hosts\.count: got 2 without config\.hosts\.coordinator"),
+        ({"hosts.index": 0}, r"config\.hosts\.index: got 0 without config\.hosts\.coordinator"),
+        (
+            {"hosts.coordinator": "a:65536", "hosts.count": 1, "hosts.index": 0},
+            "config.hosts.coordinator: got 'a:65536'",
+        ),
+        (
+            {"train.learning_rate": 1e39},
+            r"learning_rate: got 1e\+39, which the float32 .*; expected a number >= 0",
+        ),
+        ({"train.learning_rate": 1e-46}, "learning_rate: got 1e-46, which the float32"),  # would train nothing
+        ({"train.clip": 1e-40}, "config.train.clip: got 1e-40, which the float32"),
+        ({"train.epsilon": 1e-60}, "config.train.epsilon: got 1e-60, which the float32"),
+        ({"train.beta1": 1.0}, "config.train.beta1: got 1.0, expected a number >= 0 and < 1"),
+        ({"train.beta2": 1 - 1e-12}, "config.train.beta2: got 0.999999999999, expected a number >= 0 and < 1"),
+        ({"mesh.cpu_devices": 10**6}, r"config\.mesh\.cpu_devices: got 1000000, expected an integer in 1\.\.1024"),
+        ({"data.rows": 10**9}, r"config\.data\.rows: got 1000000000, expected an integer in 0\.\.1048576"),
+        ({"data.max_pixels": 10**12}, "config.data.max_pixels: got 1000000000000, expected an integer in"),
         ({"mesh.replica": -1}, r"config\.mesh: got .* at most one -1"),
         ({"mesh.tp": 0}, r"config\.mesh\.tp: got 0, expected an integer >= 1, or -1"),
         ({"data.min_pixels": 9, "data.max_pixels": 4}, r"config\.data\.min_pixels: got 9, expected at most .* = 4"),
@@ -27,8 +45,8 @@ from latent_jax.settings import PRESETS, mixture
 )
 def test_settings_that_do_not_go_together_are_one_line_that_names_the_key(dotted, message):
     config = schema.default()
-    schema.override(config, [(key, str(value)) for key, value in dotted.items()])
     with pytest.raises(UserError, match=message) as raised:
+        schema.override(config, [(key, str(value)) for key, value in dotted.items()])
         schema.resolve(config)
     assert "\n" not in str(raised.value)
 

@@ -132,6 +132,8 @@ def lacking(config) -> str:
         return ""
     path, split = config.data.path, config.evaluate.split
     hint = "config.data.holdout=N keeps N records of the training split for it"
+    if split == config.data.split:
+        return f"config.evaluate.split: {split!r} is what the run trains on; {hint}"
     for name in _held_out_names(config):
         try:
             splits = sources.split_names(name, path)

@@ -16,6 +16,7 @@ from latent_jax.errors import UserError
 # 95 % and 90 %, so the sample must reach a little more.
 _TARGET_FILL = (0.96, 0.92)
 _STREAM = 2048  # examples that a choice of budgets is simulated on
+_TOKEN_BYTES = 36  # of a batch, at least: nine int32
 
 
 def choose(
@@ -29,6 +30,7 @@ def choose(
     row_tokens: int = 2048,
     slots: int | None = None,
     named: Mapping[str, int] = types.MappingProxyType({}),
+    memory: float = math.inf,
 ) -> Budgets:
     """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
 
@@ -36,7 +38,8 @@ def choose(
     Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
     90 % of the other where the lengths allow that, and then holds the most examples. What `named` gives of rows,
     tokens, patches and image_patches (0: nothing) stands, and the rest is chosen for as many examples as that holds.
-    Raises UserError where batch_size does not divide, where there is no example, or none that fits what is named.
+    Raises UserError where batch_size does not divide, where there is no example, or none that fits what is named, and
+    where a step would take more than `memory` bytes.
     """
     if batch_size % (groups * micro) or batch_size < 1:
         raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
@@ -56,6 +59,7 @@ def choose(
         image_patches=named.get("image_patches", _up(largest.image_patches, unit)),
         **_target(sample),
     )
+    _check_memory(sizes, fixed, named, memory)
     # The sample again and again: where steps begin in it shifts, so a few hundred examples show many steps.
     stream = list(itertools.islice(itertools.cycle(sizes), max(_STREAM, 4 * batch_size)))
     held = fixed["examples"] * fill(stream, _bounds(largest, row_tokens, unit, fixed, named))["examples"]
@@ -69,6 +73,20 @@ def choose(
         Budgets(rows=B, tokens=T, patches=P, **fixed) for (B, T), P in itertools.product(sorted(rows), sorted(patches))
     ]
     return max(tried, key=lambda budgets: _worth(fill(stream, budgets)))
+
+
+def _check_memory(sizes: Sequence[Size], fixed: Mapping[str, int], named: Mapping[str, int], memory: float) -> None:
+    """Raises UserError where a step of what is asked for could not be built: known before anything is tried."""
+    examples, tokens = fixed["examples"], float(np.mean([size.tokens for size in sizes]))
+    cells = max(examples * tokens, named.get("rows", 1) * named.get("tokens", tokens))
+    patches = max(examples * np.mean([size.patches for size in sizes]), named.get("patches", 0))
+    needed = fixed["micro"] * fixed["groups"] * (cells * _TOKEN_BYTES + patches * fixed["channels"])
+    if needed > memory:
+        raise UserError(
+            f"config.train.batch_size: a step of {examples * fixed['micro'] * fixed['groups']} examples takes at least "
+            f"{needed / 2**30:,.1f} GiB, this run's hosts have {memory / 2**30:,.1f}; expected fewer, or smaller "
+            "config.data.rows, tokens and patches where they are set"
+        )
 
 
 def without_outliers(sample: Sequence[Example], row_tokens: int, max_bad: float) -> tuple[list[Example], list[Example]]:

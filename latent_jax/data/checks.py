@@ -1,8 +1,9 @@
 """Checksums of prepared shards: written beside them, and looked at before they are trusted.
 
-checksums.json is {shard: {"size": bytes, "crc32": of the file}}. Opening compares sizes, which costs no reading of
-terabytes; the content is checked where it is read, by the hashes that ArrayRecord keeps of every chunk. The checksums
-say whether two prepared datasets are the same.
+checksums.json is {shard: {"size": bytes, "crc32": of the file, "ends": of its first and its last MiB}}. Opening
+compares sizes and ends, which costs no reading of terabytes and tells a shard from another of its size; the content is
+checked where it is read, by the hashes that ArrayRecord keeps of every chunk. The checksums say whether two prepared
+datasets are the same. Earlier versions have written no ends: of a shard of two MiB or less, they are the whole.
 """
 
 import zlib
@@ -13,22 +14,31 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import files
 
 FILE = "checksums.json"
+_END = 2**20
 _SHAPE = '{"shard": {"size", "crc32"}, ...}'
 
 
 def checksum(file: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file."""
+    """Size, CRC-32 and CRC-32 of the ends of a file."""
     size, crc = 0, 0
     with file.open("rb") as content:
         while data := content.read(2**20):
             size, crc = size + len(data), zlib.crc32(data, crc)
-    return {"size": size, "crc32": crc}
+    return {"size": size, "crc32": crc, "ends": _ends(file, size)}
+
+
+def _ends(file: Path, size: int) -> int:
+    """CRC-32 of the first and the last MiB; of less than two, of all."""
+    with file.open("rb") as content:
+        crc = zlib.crc32(content.read(_END))
+        content.seek(max(size - _END, min(size, _END)))
+        return zlib.crc32(content.read(), crc)
 
 
 def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Checksums of `shards`, of which the sizes are compared with the files. Where prepare wrote none: their sizes.
+    """Checksums of `shards`; sizes and ends are compared with the files. Where prepare wrote none: their sizes.
 
-    Raises UserError that names a shard that is missing, or has another size than prepare wrote.
+    Raises UserError that names a shard that is missing, or has another size or another end than prepare wrote.
     """
     known = files.read_json(folder / FILE, dict, _SHAPE) if (folder / FILE).exists() else None
     found = {}
@@ -46,6 +56,12 @@ def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
             raise UserError(
                 f"{file}: damaged: {found[shard]['size']:,} bytes, prepare wrote {wanted['size']}; copy it again or "
                 "prepare the dataset again"
+            )
+        ends = wanted.get("ends", wanted["crc32"] if wanted["size"] <= 2 * _END else None)
+        if ends is not None and ends != _ends(file, wanted["size"]):
+            raise UserError(
+                f"{file}: damaged, or another shard under its name (checksum); copy it again or prepare the dataset "
+                "again"
             )
         found[shard] = {"size": wanted["size"], "crc32": wanted["crc32"]}
     return found

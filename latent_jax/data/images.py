@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
 T = TypeVar("T")
+# PIL warns of odd EXIF tags, palettes and sizes, in two lines an image; what is no image is an error, and counted.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # What image datasets hold. PIL knows dozens more, and one of them starts another program (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_BYTES = 256 * 2**20  # of one encoded image; PIL itself has a limit for pixels
@@ -95,9 +98,10 @@ class ImageSpec:
         if vision is None:
             raise UserError(f"{directory / 'config.json'}: key 'vision_config' is missing")
         try:
-            spec = cls._of(settings, vision, min_pixels, max_pixels)
+            kept = cls._of(settings, vision)
         except UserError as problem:
             raise UserError(f"{directory / name}: {problem}") from None
+        spec = kept._with_pixels(min_pixels, max_pixels, directory / name)
         for key, ours in (
             ("patch_size", spec.patch_size),
             ("temporal_patch_size", spec.temporal_patch_size),
@@ -110,19 +114,26 @@ class ImageSpec:
                 )
         return spec
 
+    def _with_pixels(self, min_pixels: int | None, max_pixels: int | None, file: Path) -> "ImageSpec":
+        """With limits in the place of the checkpoint's. Raises UserError where the two that then hold do not agree."""
+        least, most = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        if least > most:
+            given = f"config.data.max_pixels: got {most}" if max_pixels else f"config.data.min_pixels: got {least}"
+            other = f"min_pixels = {least}" if max_pixels else f"max_pixels = {most}"
+            raise UserError(
+                f"{given}, but {other} of {'config.data' if min_pixels and max_pixels else file}; expected a range"
+            )
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most)
+
     @classmethod
-    def _of(cls, settings: dict, vision: dict, min_pixels: int | None, max_pixels: int | None) -> "ImageSpec":
+    def _of(cls, settings: dict, vision: dict) -> "ImageSpec":
         _check_supported(settings)
         size = settings.get("size")
         size = size if isinstance(size, dict) else {}
         sources = {
             "window_size": (vision, "window_size"),
-            "min_pixels": _first(
-                {"min_pixels": min_pixels}, settings, {"min_pixels": size.get("shortest_edge")}, key="min_pixels"
-            ),
-            "max_pixels": _first(
-                {"max_pixels": max_pixels}, settings, {"max_pixels": size.get("longest_edge")}, key="max_pixels"
-            ),
+            "min_pixels": _first(settings, {"min_pixels": size.get("shortest_edge")}, key="min_pixels"),
+            "max_pixels": _first(settings, {"max_pixels": size.get("longest_edge")}, key="max_pixels"),
             "mean": (settings, "image_mean"),
             "std": (settings, "image_std"),
         }

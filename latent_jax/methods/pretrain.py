@@ -99,6 +99,7 @@ SECTIONS = {"loss": Loss, "latent": Latent}
 CACHED = ("grid", "space")  # the settings of Latent that decide what a latent cache holds
 TERMS = ("next_token", "similarity", "alignment")
 REPORT = "latent_jax.analysis.imagination"
+REPORT_FILES = ("imagination.json", "curves.png", "neighbours.png")
 
 
 # ---------------------------------------------------------------- host half
@@ -106,13 +107,23 @@ REPORT = "latent_jax.analysis.imagination"
 
 def layout(record: dict, index: int, config, codec) -> Layout:
     """Caption -> slots, or, for the replay share, image -> caption. Deterministic in (record, index, config)."""
-    captions = record["captions"]
+    captions = _captions(record)
     choice = 0
     if config.latent.captions == "random":
         choice = int(np.random.default_rng((config.seed, index)).integers(len(captions)))
     if _replayed(index + 1, config.data.replay) > _replayed(index, config.data.replay):
         return describe(record, captions[choice], codec)
     return target_layout(captions[choice], record, config.latent)
+
+
+def _captions(record: dict) -> list[str]:
+    """Raises UserError where the record has none."""
+    if not record["captions"]:
+        raise UserError(
+            f"record {record['key']!r}: has no caption; expected image-caption pairs: config.data.name names a dataset "
+            "of captions"
+        )
+    return record["captions"]
 
 
 def _replayed(count: int, share: float) -> int:
@@ -175,7 +186,7 @@ def slots(config) -> int:
 
 def fit_layout(record: dict, index: int, config, codec) -> Layout:
     """What `fit` measures: every image as a target."""
-    return target_layout(record["captions"][0], record, config.latent)
+    return target_layout(_captions(record)[0], record, config.latent)
 
 
 def cache_layout(record: dict, config) -> Layout:

@@ -52,6 +52,16 @@ def check(directory: str | Path, advice: str = "") -> Weights:
     return weights
 
 
+def complete(directory: str | Path) -> bool:
+    """Whether every file stands there that was written with the checksums; nothing is read but these."""
+    directory = Path(directory)
+    try:
+        known = _read(place(directory))
+    except UserError:
+        return False
+    return all((directory / name).is_file() for name in (*known["files"], *known["weights"]))
+
+
 def check_tensor(file: Path, name: str, tensor: np.ndarray, crc: int | None) -> None:
     """Raises UserError where a tensor of `file` is not the one that was written."""
     if crc != of_tensor(tensor):

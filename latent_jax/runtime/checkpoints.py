@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
@@ -28,8 +29,9 @@ from latent_jax.runtime import checksums, files, hosts
 
 _JSON_ITEMS = ("iterator", "extra")
 _ARRAYS = "array_checksums"
-_SAVED_AS = "saved_as"  # the step, and the checksum of the iterator's document: none may come from another checkpoint
+_SAVED_AS = "saved_as"  # run, step, and the checksum of the iterator's document: none may come from another checkpoint
 DAMAGED = "damaged_checkpoints"
+_OS_ERROR = re.compile(r"os_error_code='(\d{1,4})'")
 
 
 def _raised_again(record: logging.LogRecord) -> bool:
@@ -69,14 +71,19 @@ class Checkpoints:
       every: steps between checkpoints, see `due`.
       keep: newest steps kept; 0 = all.
       read_only: neither makes nor removes anything (evaluation, conversion).
+      run: the run's own name, which its steps carry: a step of another is damage. None where nobody knows.
 
     Raises UserError where something else than a directory has its name.
     """
 
-    def __init__(self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False):
-        self.directory, self.every = Path(directory).absolute(), every
+    def __init__(
+        self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False, run: str | None = None
+    ):
+        self.directory, self.every, self._run = Path(directory).absolute(), every, run
+        self._policy = None
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(f"{self.directory}: not a directory; expected a run's checkpoints, or nothing")
+        self._check_names()
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)
         else:
@@ -84,6 +91,12 @@ class Checkpoints:
             policy = ocp.checkpoint_managers.LatestN(keep or None)
             options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _check_names(self) -> None:
+        """Raises UserError where no directory has a step's name: Orbax does not see it, and may fail to save there."""
+        odd = [path for path in self.directory.glob("*") if path.name.isdecimal() and not path.is_dir()]
+        if odd:
+            raise UserError(f"{odd[0]}: not a directory; expected a checkpoint of that step, or nothing: move it away")
 
     def __enter__(self):
         return self
@@ -128,10 +141,15 @@ class Checkpoints:
         extra = {
             **extra,
             _ARRAYS: dict(sums) if sums is not None else {n: checksums.of(t) for n, t in state.items()},
-            _SAVED_AS: {"step": step, "iterator": _sum(iterator_state)},
+            _SAVED_AS: {"run": self._run, "step": step, "iterator": _sum(iterator_state)},
         }
         documents = {"iterator": files.sealed(iterator_state), "extra": files.sealed(extra)}
         documents = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
+        # Until `close`: Orbax's threads make their loops when they come to it. As in reading, of many arrays that
+        # cannot be written the first ends the loop.
+        if self._policy is None:
+            self._policy = asyncio.get_event_loop_policy()
+            asyncio.set_event_loop_policy(_PatientLoops())
         with self._writing():
             return self._manager.save(step, args=ocp.args.Composite(**items, **documents), force=True)
 
@@ -174,8 +192,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go of threads and files."""
-        with self._writing():
-            self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._policy is not None:
+                asyncio.set_event_loop_policy(self._policy)
+                self._policy = None
 
     def set_aside(self, steps: list[int], to: Path) -> None:
         """Moves steps out of the way, into the folder `to`, each under a name that is free there.
@@ -279,6 +302,9 @@ class Checkpoints:
             found = files.opened(files.read_json(file))
             if (saved := found.get(_SAVED_AS, {}).get("step", step)) != step:
                 raise ValueError(f"was saved as step {saved}, not {step}")
+            # Earlier versions have not kept it.
+            if (owner := found.get(_SAVED_AS, {}).get("run")) != self._run and owner and self._run:
+                raise ValueError("was saved by another run than the one that config.json is of")
             return found
         except ValueError as problem:
             raise Damaged(f"{file}: {problem}") from None
@@ -331,11 +357,14 @@ def _first(problem: BaseException) -> str:
 
 
 def _of_the_disk(problem: BaseException | None) -> str:
-    """What the operating system refused, in an error or in what caused it, or ""; tensorstore only quotes its words."""
+    """What the operating system refused, in an error or in what caused it, or "". TensorStore only quotes it: by its
+    number, by its words, or both."""
     words = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)]
     while problem is not None:
         if isinstance(problem, OSError):
             return os_error(problem)
+        if number := _OS_ERROR.search(str(problem)):
+            return os.strerror(int(number[1]))
         if said := [word for word in words if word in str(problem)]:
             return said[0]
         problem = problem.__cause__ or problem.__context__

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from latent_jax.errors import UserError, os_error, say_line
+from latent_jax.errors import UserError, one_line, os_error, say_line
 from latent_jax.runtime import sharding
 
 # How long a host that ends waits for the others to end too, before it leaves them to find out (seconds).
@@ -72,9 +72,18 @@ def joined(settings) -> Iterator[None]:
 
 def _several(settings) -> bool:
     if settings.cluster == "auto":
-        counts = [int(os.environ.get(name) or 1) for name in _COUNTS]
+        counts = [_count(name) for name in _COUNTS]
         return bool(settings.coordinator) or max(counts) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return settings.cluster != "none"
+
+
+def _count(name: str) -> int:
+    found = os.environ.get(name) or "1"
+    if not found.isascii() or not found.isdigit():
+        raise UserError(
+            f"${name}: got {found[:40]!r}, expected how many processes were started, or --config.hosts.cluster=none"
+        )
+    return int(found)
 
 
 def _initialise(settings) -> tuple[int, int]:
@@ -95,8 +104,17 @@ def _initialise(settings) -> tuple[int, int]:
     alone.start()
     try:
         jax.distributed.initialize(initialization_timeout=settings.start_timeout + _FAREWELL, **given)
-    except (ValueError, RuntimeError) as problem:
-        raise UserError(f"config.hosts: the hosts did not find each other: {str(problem).splitlines()[0]}") from None
+    except (LookupError, ImportError) as problem:  # what a cluster's own launcher sets, or its package
+        lacks = (
+            f"{problem.args[0]} is not in the environment" if isinstance(problem, LookupError) else one_line(problem)
+        )
+        raise UserError(
+            f"config.hosts.cluster: got {settings.cluster!r}, but {lacks}; expected it where that cluster's launcher "
+            "started this process"
+        ) from None
+    except (ValueError, RuntimeError, OSError) as problem:
+        said = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(f"config.hosts: the hosts did not find each other: {said}") from None
     finally:
         alone.cancel()
     return _service().process_id, _service().num_processes

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,9 +62,18 @@ def _opened(directory: Path) -> tuple[int, bool]:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # O_NOFOLLOW: what a link points to is not ours to empty.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(directory / NAME, flags, 0o666)
         except FileNotFoundError:  # who held it removed the directory between the two
             continue
+        except OSError as problem:
+            if problem.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise UserError(f"{directory / NAME}: not a regular file; remove it") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(f"{directory / NAME}: not a regular file; remove it")
         try:
             held = taken(descriptor)
             if not held or os.path.samestat(os.fstat(descriptor), os.stat(directory / NAME)):

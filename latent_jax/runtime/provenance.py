@@ -32,7 +32,9 @@ def git_commit() -> str | None:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        ended = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        # Else `status` writes its index anew, and a kill or a full disk leaves a lock in the user's repository.
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ended.stdout.strip() if ended.returncode == 0 else None

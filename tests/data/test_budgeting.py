@@ -146,3 +146,11 @@ def test_rare_long_examples_do_not_set_the_rows_length(lengths, row_tokens, max_
     kept, long = budgeting.without_outliers(sample, row_tokens, max_bad)
     assert [len(example.tokens) for example in long] == left_out
     assert kept == [example for example in sample if example not in long]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "named"), [(2**20, {}), (4, {"tokens": 2**24, "rows": 2**10}), (4, {"patches": 2**26})]
+)
+def test_a_step_that_no_memory_holds_is_refused_before_it_is_tried(batch_size, named):
+    with pytest.raises(UserError, match=r"config\.train\.batch_size: a step of .* GiB, .* hosts have 16\.0"):
+        budgeting.choose([Size(100, 64, 16, 588, 64)], batch_size=batch_size, named=named, memory=2**34)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_jax.data import scenes, sources
+from latent_jax.data import checks, scenes, sources
 from latent_jax.data.builders.build import build, build_scenes
 from latent_jax.errors import UserError
 
@@ -229,6 +230,36 @@ def test_damage_is_named_when_it_is_met(prepared, tmp_path, harm):
         file.write_text(file.read_text()[:200])
     with pytest.raises(UserError, match=rf"{file}: "):
         list(sources.open_source("gqa", tmp_path, "train"))
+
+
+def test_shards_that_changed_places_are_told_when_they_are_opened(prepared, tmp_path):
+    """Their sizes are the same: ArrayRecord fills its blocks."""
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared, folder)
+    train, validation = (next(folder.glob(f"coco_captions/*/*-{split}.*")) for split in ("train", "validation"))
+    if train.stat().st_size != validation.stat().st_size:
+        least = min(train, validation, key=lambda file: file.stat().st_size)
+        os.truncate(least, max(train.stat().st_size, validation.stat().st_size))
+        known = least.with_name("checksums.json")
+        known.write_text(json.dumps({f.name: checks.checksum(f) for f in (train, validation)}))
+    train.rename(tmp_path / "kept"), validation.rename(train), (tmp_path / "kept").rename(validation)
+    with pytest.raises(UserError, match=r"train.*: damaged, or another shard under its name \(checksum\)"):
+        sources.open_source("coco_captions", folder, "train")
+
+
+def test_the_ends_of_a_large_shard_are_compared_where_prepare_wrote_them(tmp_path):
+    content = bytearray(b"a" * 5 * 2**20)
+    (tmp_path / "shard").write_bytes(content)
+    written = checks.checksum(tmp_path / "shard")
+    (tmp_path / "checksums.json").write_text(json.dumps({"shard": written}))
+    found = checks.sums(tmp_path, ["shard"])
+    assert found == {"shard": {"size": len(content), "crc32": written["crc32"]}}  # as runs begun before have it
+    content[-1] = 0
+    (tmp_path / "shard").write_bytes(content)
+    with pytest.raises(UserError, match="another shard under its name"):
+        checks.sums(tmp_path, ["shard"])
+    (tmp_path / "checksums.json").write_text(json.dumps({"shard": found["shard"]}))  # by an earlier version
+    assert checks.sums(tmp_path, ["shard"]) == found
 
 
 def test_a_smaller_share_is_part_of_a_larger_one():

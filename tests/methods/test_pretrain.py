@@ -319,6 +319,13 @@ def test_captions_are_drawn_by_seed_and_index_and_all_of_them_come_up():
     assert set(drawn(0, captions="first")) == {"a"}
 
 
+def test_a_record_without_a_caption_says_so():
+    for draw in ("first", "random"):
+        config = make_config(latent=dict(captions=draw))
+        with pytest.raises(UserError, match="record 'r7': has no caption; expected image-caption pairs"):
+            shown(7, config, captions=())
+
+
 def test_no_image_stands_in_the_sequence_that_imagines_it():
     for readout in pretrain.READOUTS:
         config = make_config(data=dict(replay=0.0), latent=dict(readout=readout))

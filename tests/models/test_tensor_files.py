@@ -210,3 +210,11 @@ def test_a_file_without_an_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="not a regular file"):
         tensor_files.read(tmp_path / "a.safetensors")
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path):
+    (tmp_path / "model.safetensors.partial").symlink_to("/dev/full")
+    array = np.ones(2**16, np.float32)
+    with pytest.raises(OSError, match="No space left") as raised:
+        tensor_files.write(tmp_path / "model.safetensors", {"w": Entry.of(array)})
+    assert raised.value.filename == str(tmp_path / "model.safetensors")

@@ -119,6 +119,28 @@ def test_what_another_step_saved_is_damage(saved, state, tmp_path):
         checkpoints.restore(15, abstract(state))
 
 
+def test_what_another_run_saved_is_damage_and_what_nobody_named_is_read(tmp_path, state):
+    with Checkpoints(tmp_path, run="one") as checkpoints:
+        checkpoints.save(1, state, {"next": 1})
+    told = pytest.raises(Damaged, match="1/extra/metadata: was saved by another run than the one that config.json")
+    with Checkpoints(tmp_path, run="another") as checkpoints, told:
+        checkpoints.restore(1, abstract(state))
+    for name in ("one", None):
+        with Checkpoints(tmp_path, run=name) as checkpoints:
+            assert checkpoints.restore(1, abstract(state))[1] == {"next": 1}
+    with Checkpoints(tmp_path / "unnamed") as checkpoints:
+        checkpoints.save(1, state, {"next": 1})
+    with Checkpoints(tmp_path / "unnamed", run="one") as checkpoints:  # begun by an earlier version
+        assert checkpoints.restore(1, abstract(state))[1] == {"next": 1}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("")])
+def test_a_steps_name_on_something_else_is_told_before_anything_is_saved(make, tmp_path):
+    make(tmp_path / "4")
+    with pytest.raises(UserError, match="4: not a directory; expected a checkpoint of that step, or nothing"):
+        Checkpoints(tmp_path)
+
+
 def test_what_was_saved_before_the_parts_were_bound_is_read(tmp_path, state, monkeypatch):
     with monkeypatch.context() as earlier:
         sealed = files.sealed
@@ -129,6 +151,14 @@ def test_what_was_saved_before_the_parts_were_bound_is_read(tmp_path, state, mon
     with Checkpoints(tmp_path) as checkpoints:
         assert "saved_as" not in (tmp_path / "3" / "extra" / "metadata").read_text()
         assert checkpoints.restore(3, abstract(state))[1:] == ({"next": 3}, {"fill": 1})
+
+
+@pytest.mark.parametrize(("number", "reason"), [(27, "File too large"), (107, "Transport endpoint is not connected")])
+def test_whatever_the_system_refuses_to_tensorstore_is_one_line(number, reason, tmp_path):
+    """It is no OSError, and of a thread: the run ended with twenty tracebacks."""
+    told = pytest.raises(UserError, match=f"cannot be written: {reason}$")
+    with Checkpoints(tmp_path) as checkpoints, told, checkpoints._writing():
+        raise ValueError(f"OUT_OF_RANGE: Failed to write 8 bytes to file 3: words [os_error_code='{number}']")
 
 
 def test_reading_needs_no_writing(saved, tmp_path):
@@ -258,3 +288,28 @@ def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith(f"error: {tmp_path / '1' / 'params'}: cannot be read back")
     assert "TensorStore details" not in lines[0]
+
+
+TOO_LARGE = """
+import resource, sys
+import jax.numpy as jnp
+from latent_jax.command import command
+from latent_jax.runtime.checkpoints import Checkpoints
+
+@command
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(1, {"params": [jnp.arange(2.0**14) * i for i in range(40)]}, {})
+        checkpoints.wait()
+
+main()
+"""
+
+
+def test_arrays_that_cannot_be_written_are_one_line(tmp_path):
+    """TensorStore's threads told a loop that was gone, at length, of every array after the first."""
+    command = [sys.executable, "-c", TOO_LARGE, str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: {tmp_path / 'run'}: a checkpoint cannot be written: File too large\n"

@@ -60,6 +60,22 @@ def test_settings_that_cannot_be_meant(settings, message):
         schema.resolve(config)
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "ompi", "mpi4py"])
+def test_a_cluster_whose_launcher_started_nothing_is_one_line(cluster, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as where it is not installed
+    with pytest.raises(UserError, match=f"config.hosts.cluster: got '{cluster}', but .* launcher") as raised:
+        hosts._initialise(Hosts(cluster=cluster, start_timeout=5))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_count_of_tasks_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2(x3)")
+    with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS: got '2\(x3\)'"):
+        hosts._several(Hosts())
+
+
 def test_another_mesh_and_other_hosts_may_resume():
     config = schema.default()
     old = schema.resolve(config)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,23 @@ def test_a_file_system_without_locks_keeps_nobody_out(number, tmp_path, monkeypa
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     with lock.only_writer(tmp_path), lock.only_writer(tmp_path):
         pass
+
+
+def test_what_a_link_in_its_place_points_to_is_not_touched(tmp_path):
+    """A link to nowhere was waited for, and the file behind a link was emptied."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    run = tmp_path / "run"
+    run.mkdir()
+    for make in (
+        lambda place: place.symlink_to(precious),
+        lambda place: place.symlink_to(tmp_path / "nowhere" / "lock"),
+        lambda place: place.symlink_to(place),
+        os.mkfifo,
+        Path.mkdir,
+    ):
+        make(run / lock.NAME)
+        with pytest.raises(UserError, match=r"\.lock: not a regular file; remove it"), lock.only_writer(run):
+            pass
+        (run / lock.NAME).rmdir() if (run / lock.NAME).is_dir() else (run / lock.NAME).unlink()
+    assert precious.read_text() == "kept"

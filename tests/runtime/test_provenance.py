@@ -1,5 +1,6 @@
 """Versions and commit: true where they can be known, None where not."""
 
+import os
 import subprocess
 import sys
 
@@ -58,3 +59,17 @@ def test_no_commit_without_git(tmp_path, monkeypatch):
     git(tmp_path, "init", "--quiet")
     monkeypatch.setenv("PATH", "")
     assert provenance.git_commit() is None
+
+
+def test_a_run_writes_nothing_into_the_repository(tmp_path):
+    """`git status` rewrites an index whose times are old; ended there, it left a lock that stopped every commit."""
+    git(tmp_path, "init", "-q")
+    file = tmp_path / "a"
+    file.write_text("a")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "a")
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    os.utime(file, (1, 1))
+    assert provenance._git(tmp_path, "status", "--porcelain", "--untracked-files=no") == ""
+    assert index.read_bytes() == before

@@ -55,7 +55,9 @@ def read_json_lines(file: Path, noun: str, tally: Tally) -> list[tuple[int, dict
     """(line number from 1, object) of a JSON Lines file; a line that is none is counted as a skipped `noun`."""
     entries = []
     try:
-        lines = files.read_bytes(file, _MOST).decode("utf-8-sig").splitlines()
+        lines = (
+            files.read_bytes(file, _MOST).decode("utf-8-sig").split("\n")
+        )  # not splitlines: U+2028 may stand in a text
     except ValueError as error:
         raise UserError(f"{file}: expected a text file with an object a line ({error})") from None
     for number, line in enumerate(lines, 1):

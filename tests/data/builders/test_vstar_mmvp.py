@@ -5,6 +5,9 @@ import json
 import pytest
 from data.builders.official import picture, records, run, skipped
 
+from latent_jax.data.builders.files import read_json_lines
+from latent_jax.data.builders.tally import Tally
+
 
 def vstar(root, count=30):
     """test_questions.jsonl and, beside each image, its annotation, whose first option is the right one."""
@@ -178,3 +181,10 @@ def test_mmvp_broken_otherwise(tmp_path, capsys):
     (tmp_path / "raw" / "Questions.csv").write_text("lndex,Question,Options,Answer\n" + "".join(lines))
     status, err = run(capsys, "mmvp", tmp_path / "raw", tmp_path / "other")
     assert status == 2 and "expected columns Index, Question, Options, Correct Answer, but 'Index' is not there" in err
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
+    """JSON may hold U+2028 and U+0085 as they are; Python's splitlines would cut there."""
+    file, tally = tmp_path / "lines.jsonl", Tally("lines")
+    file.write_bytes('\ufeff{"a": "x\u2028y\x85z"}\r\n\r\n{"a": 1}'.encode())
+    assert read_json_lines(file, "question", tally) == [(1, {"a": "x\u2028y\x85z"}), (3, {"a": 1})]
