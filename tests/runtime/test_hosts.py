@@ -65,6 +65,7 @@ def test_a_cluster_whose_launcher_started_nothing_is_one_line(cluster, monkeypat
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # as where it is not installed
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)  # as where a command begins
     with pytest.raises(UserError, match=f"config.hosts.cluster: got '{cluster}', but .* launcher") as raised:
         hosts._initialise(Hosts(cluster=cluster, start_timeout=5))
     assert "\n" not in str(raised.value)

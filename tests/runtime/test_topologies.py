@@ -67,10 +67,12 @@ def test_a_larger_machine_of_the_same_kind(name, times, larger):
 def test_a_compiler_that_is_not_installed_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"v5e:4x4: .* not installed; it needs libtpu \(pip install 'latent_jax\[tpu\]'"
+        UserError, match=r"v5e:4x4: .* not installed; it needs libtpu \(pip install -c constraints.txt -e '.\[tpu\]'"
     ):
         topologies.open_devices(topologies.parse("v5e:4x4"))
-    with pytest.raises(UserError, match=r"a100-80gb:8: .*needs jax's CUDA plugin \(pip install 'latent_jax\[cuda12\]'"):
+    with pytest.raises(
+        UserError, match=r"a100-80gb:8: .*needs jax's CUDA plugin \(pip install -c constraints.txt -e '.\[cuda12\]'"
+    ):
         topologies.open_devices(topologies.parse("a100-80gb:8"))
 
 
