@@ -1,9 +1,10 @@
 """Checksums of prepared shards: written beside them, and looked at before they are trusted.
 
 checksums.json is {shard: {"size": bytes, "crc32": of the file, "ends": of its first and its last MiB}}. Opening
-compares sizes and ends, which costs no reading of terabytes and tells a shard from another of its size; the content is
-checked where it is read, by the hashes that ArrayRecord keeps of every chunk. The checksums say whether two prepared
-datasets are the same. Earlier versions have written no ends: of a shard of two MiB or less, they are the whole.
+compares sizes and ends, which costs no reading of terabytes and tells a shard from another one of the set; the content
+is checked where it is read, by the hashes that ArrayRecord keeps of every chunk. A shard that its owner has written
+anew is no damage, and its ends then say that the data is another. The checksums say whether two prepared datasets are
+the same. Earlier versions have written no ends: of a shard of two MiB or less, they are the whole.
 """
 
 import zlib
@@ -38,7 +39,8 @@ def _ends(file: Path, size: int) -> int:
 def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
     """Checksums of `shards`; sizes and ends are compared with the files. Where prepare wrote none: their sizes.
 
-    Raises UserError that names a shard that is missing, or has another size or another end than prepare wrote.
+    With the ends that are there, where they are others. Raises UserError that names a shard that is missing, has
+    another size than prepare wrote, or is another one of the set.
     """
     known = files.read_json(folder / FILE, dict, _SHAPE) if (folder / FILE).exists() else None
     found = {}
@@ -57,11 +59,21 @@ def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
                 f"{file}: damaged: {found[shard]['size']:,} bytes, prepare wrote {wanted['size']}; copy it again or "
                 "prepare the dataset again"
             )
-        ends = wanted.get("ends", wanted["crc32"] if wanted["size"] <= 2 * _END else None)
-        if ends is not None and ends != _ends(file, wanted["size"]):
+        found[shard] = {"size": wanted["size"], "crc32": wanted["crc32"]}
+        own, written = _ends(file, wanted["size"]), _written_ends(wanted)
+        if written in (None, own):
+            continue
+        if taken := [name for name, other in known.items() if name != shard and _written_ends(other) == own]:
             raise UserError(
-                f"{file}: damaged, or another shard under its name (checksum); copy it again or prepare the dataset "
+                f"{file}: is the shard {taken[0]} under another name (checksum); copy it again or prepare the dataset "
                 "again"
             )
-        found[shard] = {"size": wanted["size"], "crc32": wanted["crc32"]}
+        found[shard]["ends"] = own
     return found
+
+
+def _written_ends(entry) -> int | None:
+    """The ends of a shard as prepare wrote them, where they are known."""
+    if not isinstance(entry, dict) or not {"size", "crc32"} <= entry.keys():
+        return None
+    return entry.get("ends", entry["crc32"] if entry["size"] <= 2 * _END else None)

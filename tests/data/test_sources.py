@@ -243,11 +243,11 @@ def test_shards_that_changed_places_are_told_when_they_are_opened(prepared, tmp_
         known = least.with_name("checksums.json")
         known.write_text(json.dumps({f.name: checks.checksum(f) for f in (train, validation)}))
     train.rename(tmp_path / "kept"), validation.rename(train), (tmp_path / "kept").rename(validation)
-    with pytest.raises(UserError, match=r"train.*: damaged, or another shard under its name \(checksum\)"):
+    with pytest.raises(UserError, match=r"train.*: is the shard .*validation.* under another name \(checksum\)"):
         sources.open_source("coco_captions", folder, "train")
 
 
-def test_the_ends_of_a_large_shard_are_compared_where_prepare_wrote_them(tmp_path):
+def test_a_large_shard_that_was_written_anew_is_other_data(tmp_path):
     content = bytearray(b"a" * 5 * 2**20)
     (tmp_path / "shard").write_bytes(content)
     written = checks.checksum(tmp_path / "shard")
@@ -256,8 +256,7 @@ def test_the_ends_of_a_large_shard_are_compared_where_prepare_wrote_them(tmp_pat
     assert found == {"shard": {"size": len(content), "crc32": written["crc32"]}}  # as runs begun before have it
     content[-1] = 0
     (tmp_path / "shard").write_bytes(content)
-    with pytest.raises(UserError, match="another shard under its name"):
-        checks.sums(tmp_path, ["shard"])
+    assert checks.sums(tmp_path, ["shard"]) != found
     (tmp_path / "checksums.json").write_text(json.dumps({"shard": found["shard"]}))  # by an earlier version
     assert checks.sums(tmp_path, ["shard"]) == found
 
