@@ -16,6 +16,7 @@ from latent_jax.errors import UserError, os_error
 # No configuration, index or sidecar is near this size: more is another file under its name. Lists of records may be
 # larger (GQA's scene graphs), and their readers say so.
 MOST_JSON = 64 * 2**20
+_MOST = 2**30  # of any file that is read whole: half a million predictions of two thousand bytes, say
 PARTIAL = ".partial"  # ends the temporary name of a file that is being written
 _CONTENT, _SUM = "content", "checksum"
 
@@ -37,7 +38,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
-def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+def read_bytes(path: str | Path, most: int | None = _MOST) -> bytes:
     """A regular file's content. Raises UserError that names the file where it is none, or has over `most` bytes.
 
     A device, a FIFO or a socket under the name of a file would be read for ever.

@@ -96,3 +96,12 @@ def test_what_was_written_when_a_process_died_is_cleared(tmp_path):
     (tmp_path / ".c.partial").mkdir()
     files.clear_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"b.partial", ".c.partial"}
+
+
+def test_a_file_beyond_all_use_is_not_read(tmp_path):
+    """A disk that lost a block may give a file of any size, all zeros."""
+    file = tmp_path / "metrics.jsonl"
+    file.touch()
+    os.truncate(file, 2**32)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: 4,294,967,296 bytes, expected at most 1,073,741,824"):
+        files.read_bytes(file)
