@@ -33,7 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m latent_jax.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--what", required=True, choices=("parity", *TIMED), help="what to measure")
     parser.add_argument("--model", default="", metavar="DIR", help="HF directory or hub id; default: the tiny model")
-    parser.add_argument("--against", default="torch", choices=("torch", "none"), help="what ours is compared with")
+    parser.add_argument(
+        "--against",
+        choices=("torch", "none"),
+        help="what ours is compared with; default: torch, but for checkpoint none",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="parity: only this one; default: both")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="parity: 16 unless told; generate: 32")
     parser.add_argument("--width", type=int, default=0, metavar="D", help="random weights of this hidden size instead")
@@ -64,9 +68,10 @@ def measure_time(options: argparse.Namespace) -> int:
         options.layers = options.layers or 2
     if options.examples not in ("captions", "questions", "mixed", "views"):
         raise UserError(f"--examples: got {options.examples!r}, expected captions, questions, mixed or views")
+    if options.what == "checkpoint" and options.against == "torch":
+        raise UserError("--against=torch: a checkpoint has nothing to be compared with but ourselves; expected none")
+    options.against = options.against or ("none" if options.what == "checkpoint" else "torch")
     if options.against == "torch":
-        if options.what == "checkpoint":
-            raise UserError("--what=checkpoint: nothing to compare with but ourselves; expected --against=none")
         timing.need_torch(f"--what={options.what} --against=torch", "--against=none goes without; or ")
     before = timing.circumstances()
     report = importlib.import_module(f"latent_jax.measure.{options.what}").measure(options)

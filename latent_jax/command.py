@@ -2,6 +2,7 @@
 
 0    done
 2    bad input, a file system that fails, too little memory: one line `error: ...` on standard error
+141  standard output has no reader any more, as behind `| head` (128 + SIGPIPE): no line
 130  Ctrl-C (128 + SIGINT): one line; 143 where SIGTERM ended a run after its checkpoint (128 + SIGTERM)
 """
 
@@ -9,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -48,6 +50,8 @@ def command(main: Callable) -> Callable:
         except Exception as problem:
             if interrupted.is_set():
                 _end(130, "interrupted")
+            if isinstance(problem, BrokenPipeError) and _output_closed():
+                raise SystemExit(128 + signal.SIGPIPE) from None
             if isinstance(problem, UserError):
                 _end(2, f"error: {one_line(problem)}")
             if isinstance(problem, OSError):
@@ -63,6 +67,19 @@ def command(main: Callable) -> Callable:
                 signal.signal(signal.SIGINT, earlier)
 
     return run
+
+
+def _output_closed() -> bool:
+    """Whether standard output has no reader any more (`| head`), which is no error; it then takes what is left."""
+    try:
+        number, waiting = sys.stdout.fileno(), select.poll()
+        waiting.register(number, select.POLLOUT)
+        closed = any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return closed
 
 
 def begin_command() -> None:

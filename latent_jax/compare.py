@@ -6,6 +6,7 @@ The difference of the shares of right answers (b - a) with a 95 % interval from 
 exact McNemar test, which takes questions for independent; and where they share images a sign-flip test over images.
 """
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def compare(a: Path, b: Path, seed: int = 0) -> dict:
 
 def _paired(a: Path, b: Path) -> tuple[np.ndarray, list[str]]:
     """Right or wrong (questions, 2), and the cluster of every question."""
+    for name, directory in (("a", a), ("b", b)):
+        if not directory.is_dir():
+            raise UserError(f"--{name}={directory}: no such directory; expected the workdir of a finished evaluation")
+    if os.path.realpath(a) == os.path.realpath(b):
+        raise UserError(f"--a={a}, --b={b}: are the same; expected two evaluations")
     (results_a, lines_a), (results_b, lines_b) = predictions.read(a), predictions.read(b)
     for key in _SAME:
         if results_a.get(key) != results_b.get(key):

@@ -24,6 +24,7 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import files, provenance
 from latent_jax.settings import Config
 
+_NAMED = 5  # settings that a line names, of those that differ
 RESERVED = ("versions", "git_commit", "measured", "checksum")
 
 
@@ -188,8 +189,11 @@ def check_resume(old: Config | Evaluation, new: Config | Evaluation) -> list[str
     differ = [key for key in {**before, **after} if _value(before, key) != _value(after, key)]
     refused = [key for key in differ if key not in after or not after[key][1].metadata["resumable"]]
     if refused:
-        changes = ", ".join(f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused)
-        raise UserError(f"this workdir was begun with another config: {changes}; use the old values or a new --workdir")
+        told = [f"config.{key} ({_value(before, key)!r} -> {_value(after, key)!r})" for key in refused[:_NAMED]]
+        told += [f"{len(refused) - _NAMED} more"] if len(refused) > _NAMED else []
+        raise UserError(
+            f"this workdir was begun with another config: {', '.join(told)}; use the old values or a new --workdir"
+        )
     if "train.steps" in differ and (stretched := _shares_of_the_run(after)):
         return [
             f"train.steps changes from {old.train.steps} to {new.train.steps}: {' and '.join(stretched)} "

@@ -23,4 +23,11 @@ if [[ ${DRY_RUN:-} ]]; then
   echo
   exit 0
 fi
+# Without its CUDA plugin jax would train on the CPU, which is meant where JAX_PLATFORMS says so alone.
+if [[ -z ${JAX_PLATFORMS:-} ]] && ! "${PYTHON:-python}" -c '
+import importlib.util, sys
+sys.exit(not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)))'; then
+  echo "error: jax has no CUDA plugin here; expected pip install -c constraints.txt -e '.[cuda12]', or JAX_PLATFORMS=cpu" >&2
+  exit 2
+fi
 exec "${command[@]}"

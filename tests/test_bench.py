@@ -162,7 +162,7 @@ def test_bad_input_of_timed_ones(capsys):
         ("load", [f"--model={directory}", "--width=256"], "--model and --width"),
         ("data", ["--repeats=0"], "--repeats: got 0"),
         ("generate", ["--batch=0"], "--batch: got 0"),
-        ("checkpoint", [], "--against=none"),
+        ("checkpoint", ["--against=torch"], "--against=torch: a checkpoint has nothing"),
         ("step", ["--examples=all"], "--examples: got 'all'"),
     ):
         with pytest.raises(SystemExit) as ended:

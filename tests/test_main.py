@@ -157,3 +157,11 @@ def test_the_job_gets_config_and_workdir(file, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["main", f"--config={file}", f"--workdir={tmp_path}"])
     main.main()
     assert seen == [(7, tmp_path)]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`--help | head -1`: the status that a shell gives for SIGPIPE, and not a word."""
+    command = [sys.executable, "-m", "latent_jax.main", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)

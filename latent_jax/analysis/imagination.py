@@ -82,9 +82,10 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
 
         found = report(model, batches, records, config, codec, tick, lambda *both: seen.extend(both))
     name = mixture(config.data.name)[0][0]
-    found = {"examples": len(records), "split": config.evaluate.split, "data": name, **found}
+    split = f"records of {config.data.split}" if config.data.holdout else config.evaluate.split
+    found = {"examples": len(records), "split": split, "data": name, **found}
     files.write_text(directory / "imagination.json", json.dumps(found, indent=2) + "\n")
-    made, failed = pictures.draw(directory, records, *seen, f"split {config.evaluate.split} of {name}")
+    made, failed = pictures.draw(directory, records, *seen, f"{split} of {name}")
     lines = [*table(found), *legend(found), *failed]
     if made:
         lines += [f"pictures: {', '.join(str(directory / name) for name in made)}"]

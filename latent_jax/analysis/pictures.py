@@ -157,6 +157,10 @@ def curves(lines: Sequence[Mapping]) -> Image.Image:
     _say(pen, (_MARGIN, 14), "Training, batch by batch", 18, 1100, 1)
     note = f"Pale: every logged step. Strong: the mean of {window} logged steps around it. Training data, not held-out."
     _say(pen, (_MARGIN, 40), note, 13, 1100, 1, _GRAY)
+    note = (
+        "similarity: predicted to true latents; alignment, matched: each caption with its own image among the batch's."
+    )
+    _say(pen, (_MARGIN, 58), note, 13, 1100, 1, _GRAY)
     _curves(canvas, lines, _LOSSES, "loss", (76, 130, 570, 440), window)
     _curves(canvas, lines, _MATCHES, "cosine, share", (660, 130, 1154, 440), window)
     return canvas
@@ -175,6 +179,8 @@ def _curves(canvas: Image.Image, lines, names: Mapping[str, str], title: str, bo
     steps = [line["step"] for line in lines]
     values = np.concatenate([points[:, 1] for points in found.values()])
     low, high = np.quantile(values, (0.05, 0.995))
+    means = np.concatenate([_mean(points[:, 1], window) for points in found.values()])
+    low, high = min(low, means.min()), max(high, means[len(means) // 2 :].max())
     ticks = _ticks(min(0.0, float(low)), float(high))
     panel = _Panel(box, (min(steps), max(max(steps), min(steps) + 1)), (ticks[0], ticks[-1]))
     left, top, right, bottom = box

@@ -174,9 +174,7 @@ def hold_out(source: Sequence, count: int, seed: int) -> tuple[Subset, Subset]:
     Raises UserError where nothing would be left.
     """
     if count >= len(source):
-        raise UserError(
-            f"config.data.holdout: got {count}, expected fewer than the {len(source)} records of {source!r}"
-        )
+        raise UserError(f"config.data.holdout: got {count}, expected fewer than the {len(source)} records of the split")
     held = np.random.default_rng([seed, 1]).permutation(len(source))[:count]
     kept = np.setdiff1d(np.arange(len(source)), held)
     return Subset(source, kept), Subset(source, np.sort(held))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import shutil
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ def measure(options) -> Report:
 
     A save is timed until the loop may go on, and until the disk has it; files lie in the page cache all the same.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # a save waits for the one before: that is what is measured
     width = options.width or (0 if options.model else WIDTH)
     with (
         models.checkpoint(options.model, width, options.layers or LAYERS) as directory,
