@@ -110,7 +110,7 @@ class Encoder:
         config, vision = self.config, self.model_config.vision
         groups = sharding.data_shards(self.mesh)
         sample = pipeline.sample_examples(source, self._layout, self.codec, config.data.sample)
-        sizes = [packing.size_of(example, vision.merge_unit) for example in sample]
+        sizes = [packing.size_of(example) for example in sample]
         patches = max(1.0, np.mean([size.patches for size in sizes]))
         passes = -(-cache.shard_records // (groups * max(1, min(_EXAMPLES, int(_PATCHES / patches)))))
         return budgeting.choose(
@@ -154,15 +154,15 @@ class Encoder:
                     order.append((index, image))
                     yield example
 
-        def collect(latents, numbers) -> None:
+        def collect(latents, mask, numbers) -> None:
             latents = np.asarray(latents)
-            for group, slot in np.argwhere(numbers >= 0):
-                index, image = order[numbers[group, slot]]
-                found[index] = image, latents[group, slot]
+            for group, place in np.argwhere(mask):
+                index, image = order[numbers[group, place]]
+                found[index] = image, latents[group, place]
 
         pending = None
-        for batch, numbers in packing.numbered_batches(usable(), budgets):
-            started = run(batch), numbers[0]
+        for batch in packing.batches(usable(), budgets):
+            started = run(batch), batch["example_mask"][0], batch["number"][0]
             if pending:  # fetched one late, so that the device never waits for the host
                 collect(*pending)
             pending = started

@@ -115,7 +115,7 @@ def answers(
     """New token ids of every laid-out prompt, shared among copies of the model, each on its own device.
 
     At temperature 0 greedy. A prompt's draws come from the seed and the prompt itself: they are the same in any batch,
-    and a prompt that is given twice gets two answers. `given`: the features of Imagined parts, examples in order.
+    and a prompt that is given twice gets two answers. `given`: the features of given Slots, examples in order.
     Raises UserError for values out of range.
     """
     check_sampling(temperature, top_p, seed)
@@ -279,7 +279,7 @@ def take(context: Context, written: Written, rows: Int[Array, " R2"]) -> tuple[C
 def embed(model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"], image_patches: int):
     """Input embeddings (1, B, T, D): words, visual tokens, and given features such as imagined latents."""
     features = given[None]
-    if "patches" in batch:
+    if batch["patches"].shape[1]:
         merged, _, _ = model.encode(batch, image_patches=image_patches)
         features = jnp.concatenate([merged, features.astype(merged.dtype)], axis=1)
     return model.embed(batch["tokens"], batch["feature_index"], features)

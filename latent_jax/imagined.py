@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax import generate
@@ -123,36 +122,17 @@ def replaced(latents: Float[Array, "X S Z"], mode: str, head: LatentHead, seed: 
 def from_texts(model: LatentVLM, examples: Sequence[Example], latent: pretrain.Latent) -> Float[Array, "X S Z"]:
     """Latents of described images, fp32, in the encoder's space, from laid-out captions (pretrain.imagine_layout)."""
     laid = rows.one_per_row(examples, model.vlm.config)
-    T = laid.batch["tokens"].shape[2]
-    at = np.arange(len(examples))[:, None] * T
-    slots = [e.slots if len(e.slots) else np.zeros(latent.grid**2, np.int32) for e in examples]
-    batch = laid.batch | {
-        "latent_index": (np.stack(slots) + at)[None].astype(np.int32),
-        "caption_span": (np.stack([e.caption_span for e in examples]) + at)[None].astype(np.int32),
-    }
-    # Slots are the same for every caption: all rows read the one set.
-    slot = batch["feature_index"] >= 0
-    batch["feature_index"] = np.where(slot, batch["feature_index"] % latent.grid**2, -1).astype(np.int32)
-    return _read(model, batch, latent.readout)
-
-
-@functools.partial(jax.jit, static_argnames="readout")
-def _read(model: LatentVLM, batch, readout: str):
-    x = model.vlm.embed(batch["tokens"], batch["feature_index"], model.head.slots[...][None])
-    hidden, _ = model.vlm.decode(x, batch)
-    return model.head.restore(model.head(pretrain.read(hidden, model.head, batch, readout)))[0]
+    return _read(model, laid.batch, latent.readout, laid.image_patches)
 
 
 def from_context(model: LatentVLM, examples: Sequence[Example]) -> Float[Array, "X S Z"]:
     """Latents at the slots of laid-out conversations, fp32, in the encoder's space."""
     laid = rows.one_per_row(examples, model.vlm.config)
-    given = jnp.tile(model.head.slots[...], (len(examples), 1))
-    at = np.stack([example.slots for example in examples])
-    return _read_at(model, laid.batch, given, at, image_patches=laid.image_patches)
+    return _read(model, laid.batch, "slots", laid.image_patches)
 
 
-@functools.partial(jax.jit, static_argnames="image_patches")
-def _read_at(model: LatentVLM, batch, given, at, *, image_patches: int):
-    hidden, _ = model.vlm.decode(generate.embed(model.vlm, batch, given, image_patches), batch)
-    chosen = jnp.take_along_axis(hidden[0], at[..., None], axis=1)
-    return model.head.restore(model.head(chosen))
+@functools.partial(jax.jit, static_argnames=("readout", "image_patches"))
+def _read(model: LatentVLM, batch: dict[str, Array], readout: str, image_patches: int) -> Float[Array, "X S Z"]:
+    x = generate.embed(model.vlm, batch, model.head.slots[...], image_patches)
+    hidden, _ = model.vlm.decode(x, batch)
+    return model.head.restore(model.head(pretrain.read(hidden, model.head, batch, readout)))[0]

@@ -227,7 +227,7 @@ def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches
     """Every layer's output; vision blocks and text blocks stacked along a leading L."""
     found = {}
     features = given[None]
-    if "patches" in batch:
+    if batch["patches"].shape[1]:
         merged, _, blocks = model.encode(batch, image_patches=image_patches, collect=True)
         patches = model.vision.embed(batch["patches"], model.config.image_mean, model.config.image_std)
         found = {"vision.patch": patches[0], "vision.blocks": blocks[:, 0], "vision.merger": merged[0]}
@@ -239,7 +239,7 @@ def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches
 
 def _named(config: Config, found: dict[str, jax.Array], rows: generate.Rows) -> dict[str, np.ndarray]:
     """Activations by layer name without padding. Patches stand in window order on both sides."""
-    patches = int((rows.batch["patch_image"] > 0).sum()) if "patches" in rows.batch else 0
+    patches = int((rows.batch["patch_image"] > 0).sum())
     real = {"vision": patches, "vision.merger": patches // config.vision.merge_unit}
     named = {}
     for name, array in found.items():

@@ -119,7 +119,7 @@ def prepare(config, devices: list) -> tuple[Setup, packing.Budgets, flops.Work]:
     model_config, stored, max_pixels = model_shape(config)
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp, devices)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
-    budgets, work = batch_shape(config, method.slots(config), model_config, max_pixels, sharding.data_shards(mesh))
+    budgets, work = batch_shape(config, method.room(config), model_config, max_pixels, sharding.data_shards(mesh))
     chosen = {name: getattr(budgets, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
     remat = "full" if config.model.remat == "auto" else config.model.remat
     config = dataclasses.replace(
@@ -156,7 +156,7 @@ def model_shape(config) -> tuple[ModelConfig, jnp.dtype, int]:
 
 
 def batch_shape(
-    config, slots: int, model_config: ModelConfig, max_pixels: int, shards: int
+    config, room: packing.Room, model_config: ModelConfig, max_pixels: int, shards: int
 ) -> tuple[packing.Budgets, flops.Work]:
     """Budgets as training would choose them if every example held one image of data.max_pixels and TEXT_TOKENS words.
 
@@ -169,9 +169,9 @@ def batch_shape(
     merged = min(merged or data.row_tokens // 2, data.row_tokens // 2)
     image = merged * vision.merge_unit
     size = packing.Size(
-        tokens=max(merged, slots) + TEXT_TOKENS,
+        tokens=max(merged, room.slots) + TEXT_TOKENS,
         patches=image,
-        slots=slots,
+        slots=room.slots,
         channels=vision.in_channels * vision.patch_size**2,
         image_patches=image,
     )
@@ -183,7 +183,7 @@ def batch_shape(
         window_patches=vision.window_patches,
         merge_unit=vision.merge_unit,
         row_tokens=data.row_tokens,
-        slots=slots,
+        room=room,
         named=named_sizes(data),
     )
     if budgets.groups % shards:

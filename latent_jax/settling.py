@@ -43,7 +43,8 @@ def settle(config, directory: Path, method, codec: Codec, model_config, data, me
         measured = {"budgets": dataclasses.asdict(chosen), "run": secrets.token_hex(8)}
     measured["made_from"] = now_from
     try:
-        budgets = packing.Budgets(**measured["budgets"])
+        # The room of an example is the method's to say; workdirs of old do not hold all of it.
+        budgets = packing.Budgets(**measured["budgets"]).with_room(method.room(config))
     except TypeError as problem:
         raise UserError(f"{file}: measured.budgets: {problem}; it was begun by another version") from None
     if budgets.groups % shards:
@@ -103,7 +104,7 @@ def _choose_budgets(config, method, codec: Codec, model_config, data, shards: in
         window_patches=vision.window_patches,
         merge_unit=vision.merge_unit,
         row_tokens=config.data.row_tokens,
-        slots=method.slots(config),
+        room=method.room(config),
         named=named_sizes(config.data),
         memory=jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

@@ -209,7 +209,7 @@ def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Bu
     picked = (source[index * len(source) // count] for index in range(count))
     examples = _usable(picked, lambda record, index: method.fit_layout(record, index, config, codec), codec, budgets)
     model = setup.build(state.trainable, state.frozen)
-    values = method.fit(model, pipeline.batches(examples, budgets), config)
+    values = method.fit(model, packing.batches(examples, budgets), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
 

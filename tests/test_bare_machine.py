@@ -70,7 +70,7 @@ setup = state.make_setup(config, method, model_config, mesh, {})
 first = state.first_state(setup, "")
 
 # One group of one row: an image of 4 x 4 patches, six words; S slots that predict the image where the method has them.
-T, P, S = 24, 16, method.slots(config)
+T, P, S = 24, 16, method.room(config).slots
 index = np.full(T, -1, np.int32)
 merged = P // 4
 index[1 : 1 + merged] = np.arange(merged)
@@ -98,14 +98,16 @@ batch |= {
     "patch_window": np.ones(P, np.int32),
     "patch_image": np.ones(P, np.int32),
     "example_mask": np.array([True]),
-    "latent_mask": np.array([S > 0]),
-    "latent_index": np.arange(13, 13 + S, dtype=np.int32)[None],
-    "target_image": np.array([1 if S else 0], np.int32),
-    "target_grid": np.array([[2, 2]], np.int32),
-    "caption_span": np.array([[6, 12]], np.int32),
-    "example_segment": np.ones(1, np.int32),
-    "example_row": full(1),
+    "number": full(1),
 }
+if S:
+    batch |= {
+        "slot_index": np.arange(13, 13 + S, dtype=np.int32)[None],
+        "slot_mask": np.ones((1, S), bool),
+        "target_image": np.ones((1, 1), np.int32),
+        "target_grid": np.array([[[2, 2]]], np.int32),
+        "target_mask": np.ones((1, 1), bool),
+    }
 batch = {name: np.ascontiguousarray(value)[None, None] for name, value in batch.items()}
 step, current, losses = make_step(setup), first, []
 for _ in range(4):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from latent_jax import generate, imagined
 from latent_jax.data import rows
-from latent_jax.data.layout import Imagined, Layout, Slots
+from latent_jax.data.layout import Layout, Slots
 from latent_jax.errors import UserError
 from latent_jax.methods import imagine, pretrain
 from latent_jax.models.weights import Structure
@@ -59,7 +59,7 @@ def in_context(messages) -> np.ndarray:
     """Latents of the one silent part, from a sequence of its own that ends with the slots."""
     vlm = facade()
     shown = vlm.codec.render(messages, imagined_grid=(GRID, GRID))
-    end = next(i for i, part in enumerate(shown.trunk) if isinstance(part, Imagined))
+    end = next(i for i, part in enumerate(shown.trunk) if isinstance(part, Slots))
     example = vlm.codec.lay_out(Layout(shown.images, (*shown.trunk[:end], Slots((GRID, GRID)))))
     laid = rows.one_per_row([example], vlm.config)
     hidden = hidden_states(vlm.model, laid.batch, vlm.model.head.slots[...])

@@ -20,7 +20,7 @@ from flax import nnx
 from latent_jax import generate
 from latent_jax.analysis import pictures
 from latent_jax.analysis.geometry import latent_geometry
-from latent_jax.data import budgeting, pipeline, sources
+from latent_jax.data import budgeting, packing, pipeline, sources
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
@@ -66,11 +66,11 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
         window_patches=vision.window_patches,
         merge_unit=vision.merge_unit,
         row_tokens=config.data.row_tokens,
-        slots=pretrain.slots(config),
+        room=pretrain.room(config),
     )
     # The block of full attention is as long as the longest image of these records, not of the training data.
     data = dataclasses.replace(config.data, image_patches=budgets.image_patches)
-    batches = list(pipeline.batches(examples, budgets))
+    batches = list(packing.batches(examples, budgets))
     config = dataclasses.replace(config, data=data)
     finished, seen = 0, []
     with Progress(_work(records), 0, config.log.progress, unit="example", title="report") as shown:
@@ -290,7 +290,7 @@ def latents(
     for batch in batches:
         for micro in range(len(batch["tokens"])):
             one = {key: value[micro] for key, value in batch.items()}
-            rows.append([np.asarray(x)[one["latent_mask"]] for x in run(model, one)])
+            rows.append([np.asarray(x)[one["target_mask"][..., 0]] for x in run(model, one)])
             tick(len(rows[-1][0]))
     predicted, target = zip(*rows, strict=True)
     return np.concatenate(predicted), np.concatenate(target)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from latent_jax.data.layout import Example
-from latent_jax.data.packing import Budgets, FirstFit, Size, first_fit, size_of
+from latent_jax.data.packing import Budgets, FirstFit, Room, Size, first_fit, size_of
 from latent_jax.errors import UserError
 
 # A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach
@@ -28,13 +28,14 @@ def choose(
     window_patches: int = 64,
     merge_unit: int = 4,
     row_tokens: int = 2048,
-    slots: int | None = None,
+    room: Room | None = None,
     named: Mapping[str, int] = types.MappingProxyType({}),
     memory: float = math.inf,
 ) -> Budgets:
     """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
 
     `sample` is in data order (see pipeline.sample_examples). `row_tokens` bounds a row, unless one example is longer.
+    `room` is what the method asks of an example; None: the most that one of the sample has.
     Budgets around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
     90 % of the other where the lengths allow that, and then holds the most examples. What `named` gives of rows,
     tokens, patches and image_patches (0: nothing) stands, and the rest is chosen for as many examples as that holds.
@@ -43,7 +44,7 @@ def choose(
     """
     if batch_size % (groups * micro) or batch_size < 1:
         raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
-    sizes = [size if isinstance(size, Size) else size_of(size, merge_unit) for size in sample]
+    sizes = [size if isinstance(size, Size) else size_of(size) for size in sample]
     if not sizes:
         raise UserError("no example to choose budgets from")
     unit, named = math.lcm(window_patches, merge_unit), {name: size for name, size in named.items() if size}
@@ -54,9 +55,9 @@ def choose(
         groups=groups,
         examples=batch_size // (groups * micro),
         merge_unit=merge_unit,
-        slots=largest.slots if slots is None else slots,
         channels=largest.channels,
         image_patches=named.get("image_patches", _up(largest.image_patches, unit)),
+        **dataclasses.asdict(room or largest.room),
         **_target(sample),
     )
     _check_memory(sizes, fixed, named, memory)

@@ -15,17 +15,17 @@ import numpy as np
 
 from latent_jax import fields
 from latent_jax.data import images as pixels
+from latent_jax.data import stretches
 from latent_jax.data import tokenizer as tokenizers
-from latent_jax.data.images import ImageSpec, Patches
-from latent_jax.data.layout import BOUNDARIES, Example, Image, Layout, Part, Slots, Text, Video, share_trunk
+from latent_jax.data.images import ImageSpec
+from latent_jax.data.layout import BOUNDARIES, Example, Image, Layout, Part, Text, Video, share_trunk
 from latent_jax.data.messages import normalised, record
 from latent_jax.data.outlines import Drawer, Outliner
-from latent_jax.data.positions import Grid, mrope
+from latent_jax.data.positions import mrope
+from latent_jax.data.stretches import IMAGE_PAD, VIDEO_PAD, Visual
 from latent_jax.errors import UserError, one_line
 
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|(?:image|video)_pad\|>)<\|vision_end\|>")
-_SLOT, _GIVEN = -2, -3  # marks in feature indices until the whole example's slots and features are counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Codec:
 
     def __post_init__(self):
         for token in (*BOUNDARIES, IMAGE_PAD, VIDEO_PAD):
-            if len(self._encode(token).ids) != 1:
+            if len(self.encode(token).ids) != 1:
                 raise UserError(f"tokenizer: special token {token} is missing; expected a Qwen2.5-VL tokenizer")
 
     @classmethod
@@ -78,7 +78,8 @@ class Codec:
                 f"{rows} rows (vocab_size); expected ids below it"
             )
 
-    def _encode(self, text: str):
+    def encode(self, text: str) -> Any:
+        """The backend tokenizer's Encoding (ids, offsets). Raises UserError for text that is not Unicode."""
         # The backend itself: the wrapper sets truncation and padding on shared state at every call.
         try:
             return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
@@ -87,15 +88,15 @@ class Codec:
 
     @functools.cached_property
     def image_token_id(self) -> int:
-        return self._encode(IMAGE_PAD).ids[0]
+        return self.encode(IMAGE_PAD).ids[0]
 
     @functools.cached_property
     def video_token_id(self) -> int:
-        return self._encode(VIDEO_PAD).ids[0]
+        return self.encode(VIDEO_PAD).ids[0]
 
     @functools.cached_property
-    def _vision_marks(self) -> tuple[int, int]:
-        return self._encode("<|vision_start|>").ids[0], self._encode("<|vision_end|>").ids[0]
+    def vision_marks(self) -> tuple[int, int]:
+        return self.encode("<|vision_start|>").ids[0], self.encode("<|vision_end|>").ids[0]
 
     # ------------------------------------------------------------ messages -> Layout
 
@@ -105,14 +106,16 @@ class Codec:
         add_generation_prompt: bool = False,
         *,
         imagined_grid: tuple[int, int] | None = None,
+        image_loss: bool = False,
         key: str = "",
     ) -> Layout:
         """HF chat messages through the tokenizer's chat template, as one trunk.
 
         Assistant turns carry loss: their text and the `<|im_end|>` that closes them, not the header before and not the
-        newline after. A part {"type": "imagine"} becomes Imagined with its own "grid" or `imagined_grid`.
+        newline after; with `image_loss` their images too (Image.loss). A part {"type": "imagine"} becomes given Slots
+        with its own "grid" or `imagined_grid`.
         """
-        parts, sources = self._parts(messages, add_generation_prompt, imagined_grid, key, {})
+        parts, sources = self._parts(messages, add_generation_prompt, imagined_grid, image_loss, key, {})
         return Layout(images=tuple(sources), trunk=parts, key=key)
 
     def render_views(self, content: Sequence[Mapping], pairs: Sequence[tuple[str, str]], *, key: str = "") -> Layout:
@@ -136,17 +139,20 @@ class Codec:
         conversations: Sequence[Sequence[Mapping]],
         *,
         imagined_grid: tuple[int, int] | None = None,
+        image_loss: bool = False,
         key: str = "",
     ) -> Layout:
         """Conversations that begin alike as views of what they share; an image they share is encoded once."""
         if not conversations:
             raise UserError(f"{record(key)}no conversation to show")
         sources: dict[Any, Any] = {}
-        rendered = [self._parts(messages, False, imagined_grid, key, sources)[0] for messages in conversations]
+        rendered = [
+            self._parts(messages, False, imagined_grid, image_loss, key, sources)[0] for messages in conversations
+        ]
         trunk, views = share_trunk(rendered)
         return Layout(images=tuple(sources.values()), trunk=trunk, views=views, key=key)
 
-    def _parts(self, messages, add_generation_prompt, imagined_grid, key, sources: dict[Any, Any]):
+    def _parts(self, messages, add_generation_prompt, imagined_grid, image_loss, key, sources: dict[Any, Any]):
         """(parts, image sources). `sources` maps what identifies a source to it, in the order of Layout.images."""
         plain, visuals = normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
         text = self._template(plain, add_generation_prompt, key)
@@ -159,7 +165,9 @@ class Codec:
                 elif not visuals or isinstance(visuals[0], Video) != (segment == VIDEO_PAD):
                     raise UserError(f"{record(key)}{segment} stands in a message's text; images go in image parts")
                 else:
-                    parts.append(visuals.pop(0))
+                    part = visuals.pop(0)
+                    spoken = image_loss and loss and isinstance(part, Image)
+                    parts.append(dataclasses.replace(part, loss=True) if spoken else part)
         if visuals:
             raise UserError(f"{record(key)}the chat template shows {len(visuals)} image(s) fewer than the messages")
         return tuple(parts), tuple(sources.values())
@@ -202,56 +210,53 @@ class Codec:
         Raises UserError naming the record where an image cannot be read.
         """
         visuals = self._visuals(layout, Drawer(self.image) if draw else Outliner(self.image))
-        stretches = [self._stretch(parts, visuals, layout.key) for parts in (layout.trunk, *layout.views)]
-        positions, end = mrope(stretches[0].spans)
-        positions = [positions] + [mrope(stretch.spans, end)[0] for stretch in stretches[1:]]
-        if any(stretch.loss[:1].any() for stretch in stretches[1:]):
+        stretched = [stretches.stretch(self, parts, visuals, layout.key) for parts in (layout.trunk, *layout.views)]
+        positions, end = mrope(stretched[0].spans)
+        positions = [positions] + [mrope(each.spans, end)[0] for each in stretched[1:]]
+        if any((each.flags[:1] & stretches.LOSS).any() for each in stretched[1:]):
             raise ValueError(f"record {layout.key!r}: a view starts with loss-carrying text; its predictor is missing")
-        tokens = np.concatenate([stretch.tokens for stretch in stretches])
-        loss = np.concatenate([stretch.loss for stretch in stretches])
+        tokens, flags, features = (
+            np.concatenate([getattr(each, name) for each in stretched]) for name in ("tokens", "flags", "features")
+        )
         merged = sum(len(visual.patches.patches) for visual in visuals.values()) // self.image.merge_unit
-        features = np.concatenate([stretch.features for stretch in stretches])
-        slots = np.flatnonzero(features == _SLOT).astype(np.int32)
-        given = np.flatnonzero(features == _GIVEN)
-        features[slots] = merged + np.arange(len(slots))
-        features[given] = merged + len(slots) + np.arange(len(given))
-        spoken = np.flatnonzero(loss)
-        spoken = spoken[spoken < slots[0]] if len(slots) else spoken
-        target = visuals.get(layout.target)
+        slots = stretches.number_slots(features, merged)
+        loss_weights = np.concatenate([stretches.shifted(each.flags & stretches.LOSS) for each in stretched])
+        targets = [visuals[index] for index in layout.targets]
         return Example(
             tokens=tokens,
-            view_ids=np.repeat(np.arange(len(stretches), dtype=np.int32), [len(each.tokens) for each in stretches]),
+            view_ids=np.repeat(np.arange(len(stretched), dtype=np.int32), [len(each.tokens) for each in stretched]),
             positions=np.concatenate(positions, axis=1),
-            targets=np.concatenate([_shifted(stretch.tokens) for stretch in stretches]),
-            loss_weights=np.concatenate([_shifted(stretch.loss) for stretch in stretches]).astype(np.float32),
+            targets=np.concatenate([stretches.shifted(each.tokens) for each in stretched]),
+            loss_weights=loss_weights.astype(np.float32),
             feature_index=features,
             **self._patch_fields(visuals),
             slots=slots,
-            target_image=target.first_image if target else 0,
-            target_grid=np.array(target.merged_grid[1:] if target else (0, 0), np.int32),
-            caption_span=np.array((spoken[0], spoken[-1] + 1) if len(spoken) else (0, 0), np.int32),
+            reads=stretches.reads(stretched, layout.key),
+            target_image=np.array([target.first_image for target in targets], np.int32),
+            target_grid=np.array([target.merged_grid[1:] for target in targets], np.int32).reshape(-1, 2),
             key=layout.key,
+            **stretches.asked(flags),
             target_latents=layout.latents,
         )
 
-    def _visuals(self, layout: Layout, read: Drawer | Outliner) -> dict[int, "_Visual"]:
+    def _visuals(self, layout: Layout, read: Drawer | Outliner) -> dict[int, Visual]:
         """The images that are shown or predicted, read and patchified once each, in the order of Layout.images."""
         shown = [part for parts in (layout.trunk, *layout.views) for part in parts if isinstance(part, Image | Video)]
         used = {part.index: isinstance(part, Video) for part in shown}
-        if layout.target is not None:
-            used.setdefault(layout.target, isinstance(layout.images[layout.target], list | tuple))
+        for target in layout.targets:
+            used.setdefault(target, isinstance(layout.images[target], list | tuple))
         visuals: dict[int, _Visual] = {}
         merged = slices = 0
         for index in sorted(used):
             name = f"record {layout.key!r}: image {index}" if layout.key else ""
             source = layout.images[index]
             patches = read.video(source, name) if used[index] else read.still(source, name)
-            visuals[index] = _Visual(patches, merged, slices + 1, self.image)
+            visuals[index] = Visual(patches, merged, slices + 1, self.image)
             merged += len(patches.patches) // self.image.merge_unit
             slices += patches.grid[0]
         return visuals
 
-    def _patch_fields(self, visuals: Mapping[int, "_Visual"]) -> dict[str, np.ndarray]:
+    def _patch_fields(self, visuals: Mapping[int, Visual]) -> dict[str, np.ndarray]:
         """The patch arrays of all visuals, one after the other, window and image ids counted on."""
         all_patches = [visual.patches for visual in visuals.values()]
         if not all_patches:
@@ -279,87 +284,6 @@ class Codec:
             "patch_window": np.concatenate([e.window + start for e, start in zip(all_patches, windows, strict=True)]),
             "patch_image": np.concatenate([e.image + start for e, start in zip(all_patches, slices, strict=True)]),
         }
-
-    def _stretch(self, parts: Sequence[Part], visuals: Mapping[int, "_Visual"], key: str) -> "_Stretch":
-        """The trunk or one view as tokens, loss flags, feature marks and position spans."""
-        pieces: list[_Stretch] = []
-        texts: list[Text] = []
-        for part in (*parts, None):
-            if isinstance(part, Text):
-                texts.append(part)
-                continue
-            if texts:
-                pieces.append(self._text(texts, key))
-                texts = []
-            if part is not None:
-                pieces.append(self._block(part, visuals))
-        if not pieces:
-            raise UserError(f"{record(key)}nothing to show (an empty trunk or view)")
-        arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "loss", "features")]
-        return _Stretch(*arrays, [span for piece in pieces for span in piece.spans])
-
-    def _text(self, texts: Sequence[Text], key: str) -> "_Stretch":
-        """Adjacent texts tokenised as one string; a token carries loss if any of its characters does."""
-        text = "".join(part.text for part in texts)
-        if IMAGE_PAD in text or VIDEO_PAD in text:
-            raise UserError(f"{record(key)}{IMAGE_PAD} or {VIDEO_PAD} stands in its text")
-        try:
-            encoding = self._encode(text)
-        except UserError as problem:
-            raise UserError(f"{record(key)}{problem}") from None
-        flags = np.repeat([part.loss for part in texts], [len(part.text) for part in texts])
-        before = np.concatenate([[0], np.cumsum(flags)])
-        start, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        loss = before[np.maximum(end, np.minimum(start + 1, len(text)))] > before[start]
-        tokens = np.array(encoding.ids, np.int32)
-        return _Stretch(tokens, loss, np.full(len(tokens), -1, np.int32), [len(tokens)])
-
-    def _block(self, part: Part, visuals: Mapping[int, "_Visual"]) -> "_Stretch":
-        """Placeholders between the vision marks."""
-        if isinstance(part, Image | Video):
-            visual = visuals[part.index]
-            interval = self.tokens_per_second * part.second_per_grid if isinstance(part, Video) else 1.0
-            grid = Grid(*visual.merged_grid, interval)
-            inside = visual.features
-        else:
-            grid = Grid(1, *part.grid)
-            inside = np.full(len(grid), _SLOT if isinstance(part, Slots) else _GIVEN, np.int32)
-        start, end = self._vision_marks
-        pad = self.video_token_id if isinstance(part, Video) else self.image_token_id
-        tokens = np.array([start, *[pad] * len(grid), end], np.int32)
-        return _Stretch(tokens, np.zeros(len(tokens), bool), np.pad(inside, 1, constant_values=-1), [1, grid, 1])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Stretch:
-    tokens: np.ndarray
-    loss: np.ndarray
-    features: np.ndarray
-    spans: list[int | Grid]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Visual:
-    """Patches of an image or video with its place among the example's."""
-
-    patches: Patches
-    first_merged: int
-    first_image: int
-    spec: ImageSpec
-
-    @property
-    def merged_grid(self) -> tuple[int, int, int]:
-        slices, rows, columns = self.patches.grid
-        return slices, rows // self.spec.merge_size, columns // self.spec.merge_size
-
-    @property
-    def features(self) -> np.ndarray:
-        return self.first_merged + pixels.merged_index(self.patches, self.spec.merge_size)
-
-
-def _shifted(values: np.ndarray) -> np.ndarray:
-    """Each place's successor; 0 at the end."""
-    return np.concatenate([values[1:], np.zeros(1, values.dtype)])
 
 
 def _between(message: Mapping, mark: str) -> dict:

@@ -4,9 +4,10 @@ Numpy and strings only, so that data workers and the host halves of methods impo
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,17 +21,27 @@ _SPLIT = re.compile("(" + "|".join(map(re.escape, BOUNDARIES)) + ")")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text, special tokens allowed. With `loss`, its tokens are predicted under the next-token loss."""
+    """A piece of text, special tokens allowed.
+
+    loss: its tokens are predicted under the next-token loss. late: its tokens do not see hidden images.
+    """
 
     text: str
     loss: bool = False
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image: `<|vision_start|> <|image_pad|>... <|vision_end|>`. `index` points into Layout.images."""
+    """An image: `<|vision_start|> <|image_pad|>... <|vision_end|>`. `index` points into Layout.images.
+
+    loss: its opening mark is predicted under the next-token loss, its visual tokens are regressed (feature_weights).
+    hidden: late text does not see it, marks included.
+    """
 
     index: int
+    loss: bool = False
+    hidden: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,35 +56,52 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
-class Imagined:
-    """Placeholders of a (rows, columns) grid of merged tokens whose embeddings are given to the model as features."""
+class Slots:
+    """Positions whose input embeddings are latents instead of a token's; their tokens are `<|image_pad|>`.
 
-    grid: tuple[int, int]
+    shape: their number, with M-RoPE positions that count up as those of text; or (rows, columns), with the positions
+    of an image of so many merged tokens.
+    marks: `<|vision_start|>` and `<|vision_end|>` stand around them.
+    loss: the opening mark, or both, are predicted under the next-token loss.
+    source: "learned" embeddings that all examples share; latents "given" with the prompt; or "written" over the token's
+    embedding by the method itself.
+    """
+
+    shape: int | tuple[int, int]
+    marks: bool = True
+    loss: Literal["", "open", "both"] = ""
+    source: Literal["learned", "given", "written"] = "learned"
+
+    def __post_init__(self):
+        if self.loss and not self.marks:
+            raise ValueError(f"{self}: has no marks to predict")
+
+    @property
+    def count(self) -> int:
+        return self.shape if isinstance(self.shape, int) else math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots:
-    """Latent slots laid out as an image of (rows, columns) merged tokens between the vision marks."""
-
-    grid: tuple[int, int]
+class Read:
+    """Asks for the final hidden state of the token before it. Takes no position and cuts no text."""
 
 
-Part = Text | Image | Video | Imagined | Slots
+Part = Text | Image | Video | Slots | Read
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What one example shows: a trunk that every view sees, and the views, each blind to the others.
 
-    `images` holds encoded bytes, paths, PIL images or uint8 arrays; for a Video a list of these. `target` is the index
-    of the image whose latents the slots predict (it need not be shown); `latents` (S, Z) are those latents themselves,
-    where a cache has them, and then the image is not needed. `key` names the record in messages.
+    `images` holds encoded bytes, paths, PIL images or uint8 arrays; for a Video a list of these. `targets` are the
+    indices of the J images whose latents are predicted (they need not be shown); `latents` (S, Z) are those latents
+    themselves, where a cache has them, and then no image is needed. `key` names the record in messages.
     """
 
     images: tuple[Any, ...] = ()
     trunk: tuple[Part, ...] = ()
     views: tuple[tuple[Part, ...], ...] = ()
-    target: int | None = None
+    targets: tuple[int, ...] = ()
     key: str = ""
     latents: np.ndarray | None = None
 
@@ -81,22 +109,25 @@ class Layout:
         for part in (*self.trunk, *(part for view in self.views for part in view)):
             if isinstance(part, Image | Video) and not 0 <= part.index < len(self.images):
                 raise UserError(f"record {self.key!r}: {part} points outside its {len(self.images)} image(s)")
-        if self.target is not None and not 0 <= self.target < len(self.images):
-            raise UserError(f"record {self.key!r}: target {self.target} points outside its {len(self.images)} image(s)")
+        for target in self.targets:
+            if not 0 <= target < len(self.images):
+                raise UserError(f"record {self.key!r}: target {target} points outside its {len(self.images)} image(s)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One laid-out Layout: t tokens, p patches, m = p / merge_size^2 merged visual tokens, S slots.
+    """One laid-out Layout: t tokens, p patches, m = p / merge_size^2 merged visual tokens, S slots, J targets, Q reads.
 
     tokens, view_ids, targets (t,) int32; positions (3, t) int32; loss_weights (t,) float32, the weight of predicting
     targets[i] from token i. feature_index (t,) int32: -1 the token's own embedding, 0..m-1 a merged visual token (in
-    window-major order), m + s slot s, and after the slots the given features of Imagined parts.
+    window-major order), m + s slot s where it is learned, and from m + S the given features in order.
     patches (p, c) uint8, window-major and merge-grouped; patch_positions (p, 2) int32 row and column in the image's
     patch grid; patch_window, patch_image (p,) int32, local from 1, an image id being one temporal slice.
-    slots (S,) int32 the slots' tokens; target_image local id from 1 or 0; target_grid (2,) int32 its merged rows and
-    columns; caption_span (2,) int32 first and one past the last loss-carrying token before the slots.
-    target_latents (S, Z): what the slots predict where it is given rather than computed from the target image.
+    slots (S,) int32: the tokens of learned and written slots. reads (Q,) int32: the tokens whose final hidden states
+    are asked for. target_image (J,) int32 local ids from 1; target_grid (J, 2) int32 their merged rows and columns.
+    feature_weights (t,) float32: the weight of regressing the visual token at t from the hidden state before it. late
+    (t,) bool: these tokens do not see hidden (t,) bool ones. None where no part asks for them.
+    target_latents (S, Z): what is predicted where it is given rather than computed from the target images.
     """
 
     tokens: np.ndarray
@@ -110,18 +141,26 @@ class Example:
     patch_window: np.ndarray
     patch_image: np.ndarray
     slots: np.ndarray
-    target_image: int
+    reads: np.ndarray
+    target_image: np.ndarray
     target_grid: np.ndarray
-    caption_span: np.ndarray
     key: str = ""
+    feature_weights: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    late: np.ndarray | None = None
     target_latents: np.ndarray | None = None
+
+
+def without_empty(parts: Sequence[Part]) -> list[Part]:
+    """The parts without Slots of no token, which are no border of words either."""
+    return [part for part in parts if not isinstance(part, Slots) or part.count or part.marks]
 
 
 def share_trunk(conversations: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[tuple[Part, ...], ...]]:
     """Splits conversations that begin alike into (trunk, views), tokens unchanged: trunk + views[i] is conversation i.
 
-    The cut stands beside a special token or an image, and before the last stretch of loss-carrying text of every
-    conversation together with the text that it is predicted from. One conversation alone needs no views.
+    The cut stands beside a special token or what is no text, and before the last stretch of loss-carrying parts of
+    every conversation together with the part that it is predicted from. One conversation alone needs no views.
     """
     if len(conversations) == 1:
         return tuple(conversations[0]), ()
@@ -130,6 +169,8 @@ def share_trunk(conversations: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ..
     limit = min(map(_before_last_answer, atoms))
     while cut < limit and all(each[cut] == atoms[0][cut] for each in atoms):
         cut += 1
+    while cut and not all(_may_cut(each, cut) for each in atoms):
+        cut -= 1
     return _joined(atoms[0][:cut]), tuple(_joined(each[cut:]) for each in atoms)
 
 
@@ -139,7 +180,9 @@ def _atoms(parts: Sequence[Part]) -> list[Part]:
         atom
         for part in _joined(parts)
         for atom in (
-            [Text(piece, part.loss) for piece in _SPLIT.split(part.text) if piece] if isinstance(part, Text) else [part]
+            [dataclasses.replace(part, text=piece) for piece in _SPLIT.split(part.text) if piece]
+            if isinstance(part, Text)
+            else [part]
         )
     ]
 
@@ -147,21 +190,37 @@ def _atoms(parts: Sequence[Part]) -> list[Part]:
 def _before_last_answer(atoms: Sequence[Part]) -> int:
     """How many atoms may go to the trunk: the last answer and one atom before it (its predictor) stay in the view."""
     end = len(atoms)
-    while end and not (isinstance(atoms[end - 1], Text) and atoms[end - 1].loss):
+    while end and not _carries_loss(atoms[end - 1]):
         end -= 1
     if not end:
         return len(atoms) - 1
-    while end and isinstance(atoms[end - 1], Text) and atoms[end - 1].loss:
+    while end and (_carries_loss(atoms[end - 1]) or isinstance(atoms[end - 1], Read)):
         end -= 1
     return max(0, end - 1)
 
 
+def _may_cut(atoms: Sequence[Part], at: int) -> bool:
+    """Whether a view may begin with atom `at`: its first token has a predictor in the view, and no text is cut in two
+    but beside a special token. A Read is no place to cut: it has no token."""
+    before = next((atom for atom in reversed(atoms[:at]) if not isinstance(atom, Read)), None)
+    after = next((atom for atom in atoms[at:] if not isinstance(atom, Read)), None)
+    if after is not None and _carries_loss(after):
+        return False
+    texts = isinstance(before, Text) and isinstance(after, Text)
+    return not texts or before.text in BOUNDARIES or after.text in BOUNDARIES
+
+
+def _carries_loss(part: Part) -> bool:
+    return isinstance(part, Text | Image | Slots) and bool(part.loss)
+
+
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Adjacent texts of equal loss made one."""
+    """Adjacent texts of equal flags made one."""
     joined: list[Part] = []
-    for part in parts:
-        if isinstance(part, Text) and joined and isinstance(joined[-1], Text) and joined[-1].loss == part.loss:
-            joined[-1] = Text(joined[-1].text + part.text, part.loss)
+    for part in without_empty(parts):
+        last = joined[-1] if joined else None
+        if isinstance(part, Text) and isinstance(last, Text) and (last.loss, last.late) == (part.loss, part.late):
+            joined[-1] = dataclasses.replace(last, text=last.text + part.text)
         else:
             joined.append(part)
     return tuple(joined)

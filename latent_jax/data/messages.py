@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from latent_jax import fields
-from latent_jax.data.layout import Image, Imagined, Part, Video
+from latent_jax.data.layout import Image, Part, Slots, Video
 from latent_jax.errors import UserError
 
 
@@ -60,7 +60,8 @@ def normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sour
         elif kind == "video" and part.get("video") is not None:
             visuals.append(Video(index_of(_frames(part["video"], key)), _seconds(part, temporal_patch_size, key)))
         elif kind == "imagine" and (grid := part.get("grid") or imagined_grid) is not None:
-            visuals.append(Imagined(fields.check(f"{record(key)}grid", grid, tuple[int, int], dict(low=1, high=256))))
+            shape = fields.check(f"{record(key)}grid", grid, tuple[int, int], dict(low=1, high=256))
+            visuals.append(Slots(shape, source="given"))
         else:
             raise UserError(
                 f"{record(key)}message part {_brief(part)}; expected text, image, video (a list of "

@@ -15,8 +15,23 @@ Drawn = Callable[[], Example | None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+    """What one example of a batch has room for beside tokens and patches: S slots, J targets, Q reads.
+
+    regress: examples may hold `feature_weights`. hidden: they may hold `hidden` and `late`.
+    """
+
+    slots: int = 0
+    targets: int = 0
+    reads: int = 0
+    regress: bool = False
+    hidden: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Budgets:
-    """Static shape of a batch: A micro-steps of G groups of B rows of T tokens, P patches, E examples of S slots.
+    """Static shape of a batch: A micro-steps of G groups of B rows of T tokens, P patches, E examples of S slots, J
+    targets and Q reads.
 
     `channels` is c, the values of a patch; `image_patches` the most patches of one temporal slice (0: as `patches`);
     `merge_unit` the patches under one merged token, so that a group has M = patches // merge_unit of those.
@@ -37,6 +52,10 @@ class Budgets:
     target_slots: int = 0
     target_size: int = 0
     target_dtype: str = "float32"
+    targets: int = 0
+    reads: int = 0
+    regress: bool = False
+    hidden: bool = False
 
     def __post_init__(self):
         if min(self.micro, self.groups, self.rows, self.tokens, self.examples, self.channels, self.merge_unit) < 1:
@@ -44,13 +63,18 @@ class Budgets:
         if self.patches % self.merge_unit:
             raise UserError(f"{self}: patches must be a multiple of merge_unit {self.merge_unit}")
 
+    def with_room(self, room: Room) -> "Budgets":
+        return dataclasses.replace(self, **dataclasses.asdict(room))
+
     def check(self, example: Example) -> "Size":
         """The example's size; UserError naming its key, length and the budget where it cannot fit even alone."""
-        size = size_of(example, self.merge_unit)
+        size = size_of(example)
         limits = {
             "tokens": (size.tokens, self.tokens),
             "patches": (size.patches, self.patches),
             "slots": (size.slots, self.slots),
+            "targets": (size.targets, self.targets),
+            "reads": (size.reads, self.reads),
             "patches in one image": (size.image_patches, self.image_patches or self.patches),
         }
         for what, (have, budget) in limits.items():
@@ -61,44 +85,67 @@ class Budgets:
                 f"record {example.key!r}: patches of {size.channels} values, but batches hold "
                 f"{self.channels} (video in a batch of stills)"
             )
-        self._check_target(example)
+        self._check_method(example, size)
         return size
 
-    def _check_target(self, example: Example) -> None:
+    def _check_method(self, example: Example, size: "Size") -> None:
+        """Raises ValueError for what a method asks and has made no room for: no record is to blame."""
+        if given := given_features(example, self.merge_unit):
+            raise ValueError(f"record {example.key!r}: {given} given features, which only prompts have")
+        for name in ("regress", "hidden"):
+            if getattr(size, name) > getattr(self, name):
+                raise ValueError(f"record {example.key!r}: needs Room({name}=True), which the method has not")
         given, wanted = example.target_latents, (self.target_slots, self.target_size)
         if given is not None and (given.shape, given.dtype.name) != (wanted, self.target_dtype):
             raise ValueError(f"record {example.key!r}: latents {given.dtype.name} {given.shape}, batches hold {self}")
-        if given is None and self.target_slots and example.target_image:
+        if given is None and self.target_slots and len(example.target_image):
             raise UserError(f"record {example.key!r}: its image has no latents in the latent cache")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What of an example counts against budgets. `slots` also counts given features (Imagined)."""
+    """What of an example counts against budgets."""
 
     tokens: int
     patches: int
     slots: int
     channels: int
     image_patches: int
+    targets: int = 0
+    reads: int = 0
+    regress: bool = False
+    hidden: bool = False
+
+    @property
+    def room(self) -> Room:
+        return Room(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Room)})
 
 
-def size_of(example: Example, merge_unit: int = 4) -> Size:
-    given = int(example.feature_index.max(initial=-1)) + 1 - len(example.patches) // merge_unit
+def size_of(example: Example) -> Size:
     return Size(
         tokens=len(example.tokens),
         patches=len(example.patches),
-        slots=max(given, 0),
+        slots=len(example.slots),
         channels=example.patches.shape[1],
         image_patches=int(np.bincount(example.patch_image).max(initial=0)),
+        targets=len(example.target_image),
+        reads=len(example.reads),
+        regress=example.feature_weights is not None,
+        hidden=example.hidden is not None,
     )
+
+
+def given_features(example: Example, merge_unit: int = 4) -> int:
+    """How many features an example takes from outside (given Slots)."""
+    first = len(example.patches) // merge_unit + len(example.slots)
+    return int((example.feature_index >= first).sum())
 
 
 class Packer:
     """Examples in, batches out. The first example that fits nowhere opens the next step; nothing is dropped.
 
     With `own`, ascending groups of a micro-step, every example is placed but only those groups are built: what one host
-    of several holds. `numbers` then counts over all examples and has those groups only.
+    of several holds.
     """
 
     def __init__(self, budgets: Budgets, own: Sequence[int] | None = None):
@@ -108,7 +155,6 @@ class Packer:
         whole = [micro * budgets.groups + group for micro in range(budgets.micro) for group in groups]
         self._built = {group: at for at, group in enumerate(whole)}
         self._kept = dataclasses.replace(budgets, groups=len(groups))
-        self.numbers = np.zeros((0,), np.int64)  # (A, G, E) of the last batch: which example (counted from 0), -1 none
         self._count = 0
         self._open()
 
@@ -117,11 +163,12 @@ class Packer:
         self._empty_step = True
         self._placed: list[tuple[Drawn, int, int, int]] = []
 
-    def add(self, example: Example, drawn: Drawn | None = None) -> Batch | None:
+    def add(self, example: Example, drawn: Drawn | None = None, number: int | None = None) -> Batch | None:
         """Takes an example; returns the finished batch where it had to open the next step.
 
         `drawn` gives, when the batch is built, what is written in the example's place (of the same size), or None: the
         place stays empty. It is asked only where the place is in a group that is built; `mine` says so.
+        `number` is what batch["number"] says of the example; None: how many this packer took before it.
         Raises UserError (and takes nothing) where the example alone exceeds a budget.
         """
         size = self.budgets.check(example)
@@ -133,7 +180,8 @@ class Packer:
         group, row = place
         self.mine = group in self._built
         if self.mine:
-            self._placed.append((drawn or (lambda: example), self._built[group], row, self._count))
+            number = self._count if number is None else number
+            self._placed.append((drawn or (lambda: example), self._built[group], row, number))
         self._count += 1
         self._empty_step = False
         return finished
@@ -142,7 +190,7 @@ class Packer:
         """The batch under way, padded; None where it is empty."""
         if self._empty_step:
             return None
-        batch, self.numbers = _build(self._placed, self._kept)
+        batch = _build(self._placed, self._kept)
         self._open()
         return batch
 
@@ -181,114 +229,131 @@ def first_fit(lengths: Iterable[int], tokens: int) -> list[tuple[int, int]]:
     return places
 
 
-def _build(placed: Sequence[tuple[Drawn, int, int, int]], budgets: Budgets) -> tuple[Batch, np.ndarray]:
-    """The arrays of one step, and which example stands in which slot."""
+def _build(placed: Sequence[tuple[Drawn, int, int, int]], budgets: Budgets) -> Batch:
+    """The arrays of one step."""
     lead = budgets.micro * budgets.groups
-    batch = _empty(lead, budgets)
-    numbers = np.full((lead, budgets.examples), -1, np.int64)
-    cursors = [_Cursor(budgets.rows) for _ in range(lead)]
+    batch = empty(lead, budgets)
+    writers = [Writer({name: array[group] for name, array in batch.items()}, budgets) for group in range(lead)]
     for drawn, group, row, number in placed:
-        if (example := drawn()) is None:
-            continue
-        cursor = cursors[group]
-        numbers[group, cursor.examples] = number
-        _write({name: array[group] for name, array in batch.items()}, example, row, cursor, budgets)
-    shape = (budgets.micro, budgets.groups)
-    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}, numbers.reshape(*shape, -1)
-
-
-@dataclasses.dataclass
-class _Cursor:
-    """How much of a group is written."""
-
-    rows: int
-    patches: int = 0
-    windows: int = 0
-    images: int = 0
-    examples: int = 0
-
-    def __post_init__(self):
-        self.tokens = [0] * self.rows
-        self.segments = [0] * self.rows
+        if (example := drawn()) is not None:
+            writers[group].write(example, row, number=number)
+    return {name: array.reshape(budgets.micro, budgets.groups, *array.shape[1:]) for name, array in batch.items()}
 
 
 def shapes(budgets: Budgets) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Every array of a batch: its shape behind (A, G), and its dtype."""
-    B, T, P, E, S = budgets.rows, budgets.tokens, budgets.patches, budgets.examples, budgets.slots
-    sizes = {
-        **dict.fromkeys(("tokens", "segment_ids", "view_ids", "targets", "feature_index"), (B, T)),
-        "positions": (B, 3, T),
-        "loss_weights": (B, T),
-        "patches": (P, budgets.channels),
-        "patch_positions": (P, 2),
-        **dict.fromkeys(("patch_window", "patch_image"), (P,)),
-        **dict.fromkeys(("example_mask", "latent_mask", "target_image", "example_segment", "example_row"), (E,)),
-        "latent_index": (E, S),
-        **dict.fromkeys(("target_grid", "caption_span"), (E, 2)),
+    """Every array of a batch: its shape behind (A, G), and its dtype. What there is no room for is left out."""
+    B, T, P, E = budgets.rows, budgets.tokens, budgets.patches, budgets.examples
+    S, J, Q = budgets.slots, budgets.targets, budgets.reads
+    arrays = {
+        **dict.fromkeys(("tokens", "segment_ids", "view_ids", "targets", "feature_index"), ((B, T), np.int32)),
+        "positions": ((B, 3, T), np.int32),
+        "loss_weights": ((B, T), np.float32),
+        "patches": ((P, budgets.channels), np.uint8),
+        "patch_positions": ((P, 2), np.int32),
+        **dict.fromkeys(("patch_window", "patch_image"), ((P,), np.int32)),
+        "example_mask": ((E,), bool),
+        "number": ((E,), np.int32),
     }
+    if S:
+        arrays |= {"slot_index": ((E, S), np.int32), "slot_mask": ((E, S), bool)}
+    if J:
+        arrays |= {"target_image": ((E, J), np.int32), "target_grid": ((E, J, 2), np.int32)}
+        arrays |= {"target_mask": ((E, J), bool)}
+    if Q:
+        arrays |= {"read_index": ((E, Q), np.int32), "read_mask": ((E, Q), bool)}
     if budgets.target_slots:
-        sizes["target_latents"] = (E, budgets.target_slots, budgets.target_size)
-    types = {"loss_weights": np.float32, "patches": np.uint8, "example_mask": bool, "latent_mask": bool}
-    types["target_latents"] = np.dtype(budgets.target_dtype)
-    return {name: (shape, types.get(name, np.int32)) for name, shape in sizes.items()}
+        shape = (E, budgets.target_slots, budgets.target_size)
+        arrays["target_latents"] = (shape, np.dtype(budgets.target_dtype))
+    if budgets.regress:
+        arrays["feature_weights"] = ((B, T), np.float32)
+    if budgets.hidden:
+        arrays |= dict.fromkeys(("hidden", "late"), ((B, T), bool))
+    return arrays
 
 
-def _empty(lead: int, budgets: Budgets) -> Batch:
+def empty(lead: int, budgets: Budgets) -> Batch:
+    """The arrays of `lead` groups without an example."""
     batch = {name: np.zeros((lead, *shape), dtype) for name, (shape, dtype) in shapes(budgets).items()}
     batch["feature_index"].fill(-1)
     return batch
 
 
-def _write(group: Batch, example: Example, row: int, cursor: _Cursor, budgets: Budgets) -> None:
-    """One example into its group's arrays; `cursor` moves on."""
-    first, patch, slot = cursor.tokens[row], cursor.patches, cursor.examples
-    t, p = len(example.tokens), len(example.patches)
-    cursor.segments[row] += 1
-    span = slice(first, first + t)
-    for name in ("tokens", "view_ids", "targets", "loss_weights"):
-        group[name][row, span] = getattr(example, name)
-    group["segment_ids"][row, span] = cursor.segments[row]
-    group["positions"][row, :, span] = example.positions
-    group["feature_index"][row, span] = _in_group(example.feature_index, p // budgets.merge_unit, patch, budgets)
+class Writer:
+    """Writes examples into the arrays of one group, each behind what is written already."""
 
-    here = slice(patch, patch + p)
-    if p:
-        group["patches"][here] = widen(example.patches, budgets.channels)
+    def __init__(self, group: Batch, budgets: Budgets):
+        self.group, self.budgets = group, budgets
+        self.examples = 0
+        self._tokens = [0] * budgets.rows
+        self._patches = self._windows = self._images = self._given = 0
+
+    def write(self, example: Example, row: int, first: int | None = None, number: int = 0) -> None:
+        """One example into a row, from token `first` on; None: behind the row's last one."""
+        first = self._tokens[row] if first is None else first
+        self._write_tokens(example, row, slice(first, first + len(example.tokens)))
+        self._write_patches(example)
+        self._write_example(example, row * self.budgets.tokens + first, number)
+        self._tokens[row] = max(self._tokens[row], first + len(example.tokens))
+        self._patches += len(example.patches)
+        self._windows += int(example.patch_window.max(initial=0))
+        self._images += int(example.patch_image.max(initial=0))
+        self._given += given_features(example, self.budgets.merge_unit)
+        self.examples += 1
+
+    def _write_tokens(self, example: Example, row: int, span: slice) -> None:
+        group = self.group
+        for name in ("tokens", "view_ids", "targets", "loss_weights"):
+            group[name][row, span] = getattr(example, name)
+        for name in ("feature_weights", "hidden", "late"):
+            if (asked := getattr(example, name)) is not None:
+                group[name][row, span] = asked
+        group["segment_ids"][row, span] = self.examples + 1
+        group["positions"][row, :, span] = example.positions
+        group["feature_index"][row, span] = self._in_group(example)
+
+    def _in_group(self, example: Example) -> np.ndarray:
+        """Its feature indices in the group: visual tokens follow the neighbours'; learned slot s is M + s for every
+        example; given features follow the neighbours' from M + S on."""
+        budgets, index = self.budgets, example.feature_index
+        m, M = len(example.patches) // budgets.merge_unit, budgets.patches // budgets.merge_unit
+        S = len(example.slots)
+        visual = index + self._patches // budgets.merge_unit
+        slot = index - m + M
+        given = slot - S + budgets.slots + self._given
+        return np.where(index < 0, -1, np.where(index < m, visual, np.where(index < m + S, slot, given)))
+
+    def _write_patches(self, example: Example) -> None:
+        if not len(example.patches):
+            return
+        group, here = self.group, slice(self._patches, self._patches + len(example.patches))
+        group["patches"][here] = widen(example.patches, self.budgets.channels)
         group["patch_positions"][here] = example.patch_positions
-        group["patch_window"][here] = example.patch_window + cursor.windows
-        group["patch_image"][here] = example.patch_image + cursor.images
+        group["patch_window"][here] = example.patch_window + self._windows
+        group["patch_image"][here] = example.patch_image + self._images
 
-    flat = row * budgets.tokens + first
-    group["example_mask"][slot] = True
-    group["latent_mask"][slot] = example.target_image > 0 or example.target_latents is not None
-    if example.target_latents is not None:
-        group["target_latents"][slot] = example.target_latents
-    group["latent_index"][slot, : len(example.slots)] = example.slots + flat
-    group["target_image"][slot] = example.target_image + cursor.images if example.target_image else 0
-    group["target_grid"][slot] = example.target_grid
-    group["caption_span"][slot] = example.caption_span + flat
-    group["example_segment"][slot] = cursor.segments[row]
-    group["example_row"][slot] = row
-
-    cursor.tokens[row] += t
-    cursor.patches += p
-    cursor.windows += int(example.patch_window.max(initial=0))
-    cursor.images += int(example.patch_image.max(initial=0))
-    cursor.examples += 1
-
-
-def _in_group(index: np.ndarray, merged: int, first_patch: int, budgets: Budgets) -> np.ndarray:
-    """An example's feature indices as its group's: visual tokens behind its neighbours', slots behind all M."""
-    visual = index + first_patch // budgets.merge_unit
-    given = index - merged + budgets.patches // budgets.merge_unit
-    return np.where(index < 0, -1, np.where(index < merged, visual, given))
+    def _write_example(self, example: Example, flat: int, number: int) -> None:
+        """What stands in the example's place E; `flat` is the place row * T + t of its first token."""
+        group, place = self.group, self.examples
+        group["example_mask"][place] = True
+        group["number"][place] = number % 2**31
+        for name, tokens in (("slot", example.slots), ("read", example.reads)):
+            if count := len(tokens):
+                group[f"{name}_index"][place, :count] = tokens + flat
+                group[f"{name}_mask"][place, :count] = True
+        if count := len(example.target_image):
+            group["target_image"][place, :count] = example.target_image + self._images
+            group["target_grid"][place, :count] = example.target_grid
+            group["target_mask"][place, :count] = True
+        if example.target_latents is not None:  # of all targets there is room for
+            group["target_latents"][place] = example.target_latents
+            group["target_mask"][place] = True
 
 
-def numbered_batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every example exactly once, in order, the last batch padded; with each batch, (A, G, E) example numbers or -1."""
+def batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[Batch]:
+    """Every example exactly once, in order, the last batch padded; batch["number"] counts them."""
     packer = Packer(budgets)
     for example in examples:
         if (batch := packer.add(example)) is not None:
-            yield batch, packer.numbers
+            yield batch
     if (batch := packer.flush()) is not None:
-        yield batch, packer.numbers
+        yield batch

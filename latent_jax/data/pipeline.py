@@ -11,7 +11,7 @@ import queue
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ import numpy as np
 
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example, Layout
-from latent_jax.data.packing import Batch, Budgets, Packer, Size, numbered_batches, size_of
+from latent_jax.data.packing import Batch, Budgets, Packer, Size, size_of
 from latent_jax.errors import UserError, one_line
 
 LayoutFn = Callable[[dict, int], Layout]
@@ -47,10 +47,12 @@ class _Broken:
 @dataclasses.dataclass(frozen=True)
 class _Sample:
     """A record's outline, which is what packing needs, and how to draw it. `draw` raises UserError for what only
-    decoding finds; the place that the record has by then stays empty, since no other host can know of it in time."""
+    decoding finds; the place that the record has by then stays empty, since no other host can know of it in time.
+    `number` is its place in the global order."""
 
     outline: Example
     draw: Callable[[], Example]
+    number: int
 
 
 def make_dataset(
@@ -134,14 +136,14 @@ def _lay_out(
                     with telling(record):
                         example = codec.lay_out(layout)
                         budgets.check(example)
-                        return _Sample(example, lambda: example)
+                        return _Sample(example, lambda: example, int(index))
                 except UserError as caught:
                     drawn = caught
             outline = codec.lay_out(layout, draw=False)
             budgets.check(outline)
     except UserError as caught:
         return _Broken(str(drawn or caught))
-    return _Sample(outline, functools.partial(_draw, codec, layout, size_of(outline)))
+    return _Sample(outline, functools.partial(_draw, codec, layout, size_of(outline)), int(index))
 
 
 def _draw(codec: Codec, layout: Layout, size: Size) -> Example:
@@ -250,7 +252,7 @@ def _steps(
                 counts = _counted(counts, "skipped", [sample.message], max_broken)
             else:
                 drawn = _Drawn(sample.draw, blanks)
-                batch = packer.add(sample.outline, drawn)
+                batch = packer.add(sample.outline, drawn, sample.number)
                 if pool and packer.mine:
                     drawn.start(pool)
                 if batch is not None:
@@ -364,9 +366,3 @@ def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 
     if not examples:
         raise UserError(f"no usable record among {count}" + (f": {first_broken}" if first_broken else ""))
     return examples
-
-
-def batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[Batch]:
-    """Every example exactly once, in order, the last batch padded: for evaluation (see packing.numbered_batches)."""
-    for batch, _ in numbered_batches(examples, budgets):
-        yield batch

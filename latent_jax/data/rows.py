@@ -1,5 +1,6 @@
 """Prompts laid out for the model to read at once: one a row, or packed; shapes are buckets that many batches share."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from latent_jax.data import packing
 from latent_jax.data.layout import Example
-from latent_jax.data.packing import first_fit
 
 # Least sizes of a compiled program; larger ones grow by a third or a half, see bucket.
 TOKENS, PATCHES = 32, 64
@@ -17,6 +18,7 @@ TOKENS, PATCHES = 32, 64
 class Rows(NamedTuple):
     """R prompts in B rows of T tokens, with the images of all of them in one group.
 
+    `batch` is what training sees of one micro-step with G = 1 and E = R; its `number` is the prompt's place.
     `places`: flat index row * T + t of each prompt's tokens in order, padded by repeating the last; `lengths`: how many
     are real (0: no prompt, only padding); `next_position`: M-RoPE position of the first token to come.
     """
@@ -39,7 +41,7 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
     """Lays prompts out one a row; R and B are their number.
 
     Args:
-      examples: laid-out prompts; an Imagined part's features follow each other in the order of the examples.
+      examples: laid-out prompts; the features of given Slots follow each other in their order.
       config: the model's Config.
     """
     T = bucket(max(len(e.tokens) for e in examples), TOKENS)
@@ -61,7 +63,7 @@ def packed(examples: Sequence[Example], config) -> Rows:
 def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
     """(row, first token) of every example in rows of T tokens; the longest come first, short ones fill what is left."""
     longest_first = sorted(range(len(examples)), key=lambda number: -len(examples[number].tokens))
-    places = first_fit((len(examples[number].tokens) for number in longest_first), T)
+    places = packing.first_fit((len(examples[number].tokens) for number in longest_first), T)
     return [place for _, place in sorted(zip(longest_first, places, strict=True))]
 
 
@@ -69,46 +71,40 @@ def _rows(
     examples: Sequence[Example], starts: list[tuple[int, int]], shape: tuple[int, int], prompts: tuple[int, int], config
 ) -> Rows:
     """Writes every example at its (row, token) into B rows of T tokens; `prompts` are R and U."""
-    unit, window = config.vision.merge_unit, config.vision.window_patches
-    slices = [int(np.bincount(e.patch_image).max(initial=0)) for e in examples]
-    image_patches = bucket(max([window, *slices]), window)
-    patches = sum(len(e.patches) for e in examples)
-    patches = bucket(patches, math.lcm(PATCHES, unit)) if patches else 0
-    channels = max([e.patches.shape[1] for e in examples if len(e.patches)], default=1)
     (B, T), (R, U) = shape, prompts
+    budgets = _budgets(examples, B, T, R, config)
+    batch = packing.empty(1, budgets)
+    writer = packing.Writer({name: array[0] for name, array in batch.items()}, budgets)
+    places, lengths, following = np.zeros((R, U), np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
+    for number, (example, (row, first)) in enumerate(zip(examples, starts, strict=True)):
+        writer.write(example, row, first, number)
+        lengths[number], following[number] = len(example.tokens), next_position(example)
+        places[number] = row * T + first + np.minimum(np.arange(U), len(example.tokens) - 1)
+    return Rows(batch, places, lengths, following, budgets.image_patches)
 
-    rows = {k: np.zeros((1, B, T), np.int32) for k in ("tokens", "segment_ids", "view_ids")}
-    rows |= {"feature_index": np.full((1, B, T), -1, np.int32), "positions": np.zeros((1, B, 3, T), np.int32)}
-    group = {k: np.zeros((1, patches), np.int32) for k in ("patch_window", "patch_image")}
-    group |= {"patches": np.zeros((1, patches, channels), np.uint8)}
-    group |= {"patch_positions": np.zeros((1, patches, 2), np.int32)}
-    places = np.zeros((R, U), np.int32)
-    at = images = windows = given = 0
-    for number, (e, (row, start)) in enumerate(zip(examples, starts, strict=True)):
-        t, p, m = len(e.tokens), len(e.patches), len(e.patches) // unit
-        span = slice(start, start + t)
-        rows["tokens"][0, row, span], rows["view_ids"][0, row, span] = e.tokens, e.view_ids
-        rows["segment_ids"][0, row, span] = number + 1
-        rows["positions"][0, row, :, span] = e.positions
-        offset = np.where(e.feature_index < m, at // unit, patches // unit + given - m)
-        rows["feature_index"][0, row, span] = np.where(e.feature_index < 0, -1, e.feature_index + offset)
-        places[number] = row * T + start + np.minimum(np.arange(U), t - 1)
-        given += given_features(e, config)
-        if p:
-            place = slice(at, at + p)
-            group["patches"][0, place], group["patch_positions"][0, place] = _frames(e, channels), e.patch_positions
-            group["patch_image"][0, place] = e.patch_image + images
-            group["patch_window"][0, place] = e.patch_window + windows
-            at, images, windows = at + p, images + e.patch_image.max(), windows + e.patch_window.max()
-    lengths, following = np.zeros(R, np.int32), np.zeros(R, np.int32)
-    lengths[: len(examples)] = [len(e.tokens) for e in examples]
-    following[: len(examples)] = [next_position(e) for e in examples]
-    return Rows(rows | (group if patches else {}), places, lengths, following, image_patches)
+
+def _budgets(examples: Sequence[Example], B: int, T: int, R: int, config) -> packing.Budgets:
+    """Room for these prompts, in buckets."""
+    unit, window = config.vision.merge_unit, config.vision.window_patches
+    sizes = [packing.size_of(example) for example in examples]
+    patches = sum(size.patches for size in sizes)
+    return packing.Budgets(
+        micro=1,
+        groups=1,
+        rows=B,
+        tokens=T,
+        patches=bucket(patches, math.lcm(PATCHES, unit)) if patches else 0,
+        examples=R,
+        channels=max([size.channels for size in sizes if size.patches], default=1),
+        image_patches=bucket(max([window, *(size.image_patches for size in sizes)]), window),
+        merge_unit=unit,
+        **{field.name: max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(packing.Room)},
+    )
 
 
 def given_features(example: Example, config) -> int:
     """How many features an example takes from outside, such as imagined latents."""
-    return int((example.feature_index >= len(example.patches) // config.vision.merge_unit).sum())
+    return packing.given_features(example, config.vision.merge_unit)
 
 
 def next_position(example: Example) -> int:
@@ -117,9 +113,3 @@ def next_position(example: Example) -> int:
     A long video's temporal positions may reach further; `generate` of transformers counts on from the text as well.
     """
     return int(example.positions[0, -1]) + 1
-
-
-def _frames(example: Example, channels: int) -> np.ndarray:
-    """A still's patches, repeated over the frames of a batch that also holds video."""
-    p, c = example.patches.shape
-    return np.repeat(example.patches.reshape(p, 3, 1, -1), channels // c, axis=2).reshape(p, channels)

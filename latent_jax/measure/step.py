@@ -129,14 +129,14 @@ def make_batches(config, codec: Codec, model_config, shards: int, options) -> tu
         window_patches=vision.window_patches,
         merge_unit=vision.merge_unit,
         row_tokens=config.data.row_tokens,
-        slots=0,
+        room=packing.Room(),
     )
     count = (BATCHES + 1) * config.train.batch_size
     records = list(itertools.islice(_records(config), count))
-    steps = packing.numbered_batches(_laid_out(config, codec, count), budgets)
+    steps = packing.batches(_laid_out(config, codec, count), budgets)
     made = []
-    for packed, numbers in itertools.islice(steps, BATCHES):
-        taken = [records[number] for number in sorted(numbers[numbers >= 0].tolist())]
+    for packed in itertools.islice(steps, BATCHES):
+        taken = [records[number] for number in sorted(packed["number"][packed["example_mask"]].tolist())]
         talks = [talk for record, index in taken for talk in conversations(record, index, config)]
         made.append(Batch(packed, talks, len(taken)))
     return made, budgets

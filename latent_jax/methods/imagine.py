@@ -6,13 +6,16 @@ latents stand in the second pass where the slots stood in the first, and the los
 before decoding: a content part {"type": "imagine"} without text.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.data.layout import Imagined, Layout, Slots
+from latent_jax.data.layout import Layout, Slots
+from latent_jax.data.packing import Room
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.models.heads import LatentHead, LatentVLM
@@ -31,14 +34,14 @@ def with_slots(shown: Layout) -> Layout:
     """The first pass of a layout: slots where imagined latents will stand."""
 
     def slotted(parts):
-        return tuple(Slots(part.grid) if isinstance(part, Imagined) else part for part in parts)
+        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
 
-    return Layout(shown.images, slotted(shown.trunk), tuple(map(slotted, shown.views)), shown.target, shown.key)
+    return dataclasses.replace(shown, trunk=slotted(shown.trunk), views=tuple(map(slotted, shown.views)))
 
 
-def slots(config) -> int:
-    """S latents for each of an example's questions."""
-    return config.latent.grid**2 * config.chat.questions
+def room(config) -> Room:
+    """Latents for each of an example's questions; a target where a new head's statistics are measured."""
+    return Room(slots=config.latent.grid**2 * config.chat.questions, targets=1)
 
 
 def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
@@ -72,29 +75,22 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
     options = dict(remat=config.model.remat, unroll=config.model.unroll)
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
-    G, M, _ = merged.shape
+    G = len(merged)
     # Every question of an example has the same slots.
     slot = jnp.tile(model.head.slots[...], (config.chat.questions, 1)).astype(merged.dtype)
     features = jnp.concatenate([merged, jnp.broadcast_to(slot, (G, *slot.shape))], axis=1)
     x = model.vlm.embed(batch["tokens"], batch["feature_index"], features)
     first, _ = model.vlm.decode(x, batch, **options)
     latents = model.head.restore(model.head(pretrain.read(first, model.head, batch, "slots")))
-    x = replace(x, latents, batch["latent_index"], batch["feature_index"] >= M)
+    x = replace(x, latents, batch["slot_index"], batch["slot_mask"])
     return sft.scored(model, x, batch, options)
 
 
 def replace(
-    x: Float[Array, "G B T D"], latents: Float[Array, "G E S D"], index: Int[Array, "G E S"], is_slot: Array
+    x: Float[Array, "G B T D"], latents: Float[Array, "G E S D"], index: Int[Array, "G E S"], mask: Bool[Array, "G E S"]
 ) -> Float[Array, "G B T D"]:
-    """The input with every slot's own latent in its place. `index` is flat in the group; places that are not slots
-    (the padding of `index`) keep what they have."""
+    """The input with every slot's own latent in its place; `index` is flat in the group."""
     G, B, T, D = x.shape
-
-    def one(x, latents, index, is_slot):
-        index = jnp.where(is_slot[index], index, B * T)
-        return x.at[index].set(latents.astype(x.dtype), mode="drop")
-
-    flat = jax.vmap(one)(
-        x.reshape(G, B * T, D), latents.reshape(G, -1, D), index.reshape(G, -1), is_slot.reshape(G, -1)
-    )
-    return flat.reshape(G, B, T, D)
+    index = jnp.where(mask, index, B * T).reshape(G, -1)
+    put = jax.vmap(lambda x, index, latents: x.at[index].set(latents.astype(x.dtype), mode="drop"))
+    return put(x.reshape(G, B * T, D), index, latents.reshape(G, -1, D)).reshape(G, B, T, D)

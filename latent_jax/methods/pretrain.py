@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from latent_jax import fields
-from latent_jax.data.layout import Layout, Slots, Text
+from latent_jax.data.layout import Layout, Read, Slots, Text
+from latent_jax.data.packing import Room
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
 from latent_jax.fields import option
@@ -133,9 +134,13 @@ def _replayed(count: int, share: float) -> int:
 
 def imagine_layout(caption: str, latent: Latent, images: tuple = (), key: str = "") -> Layout:
     """The sequence whose slots predict an image's latents; no image token enters the language model."""
-    slots = (Slots((latent.grid, latent.grid)),) if latent.readout == "slots" else (Text("<|im_end|>"),)
-    trunk = (Text("<|im_start|>"), Text(caption, loss=True), *slots)
-    return Layout(images=images, trunk=trunk, target=0 if images else None, key=key)
+    ends = {
+        "slots": (Slots((latent.grid, latent.grid)),),
+        "last_token": (Read(), Text("<|im_end|>")),
+        "mean_text": (Text("<|im_end|>"),),
+    }
+    trunk = (Text("<|im_start|>"), Text(caption, loss=True), *ends[latent.readout])
+    return Layout(images=images, trunk=trunk, targets=(0,) if images else (), key=key)
 
 
 def target_layout(caption: str, record: dict, latent: Latent) -> Layout:
@@ -179,9 +184,10 @@ def target_size(model_config, space: str) -> int:
     return model_config.text.hidden_size if space == "merged" else model_config.vision.hidden_size
 
 
-def slots(config) -> int:
-    """Latent slots of every example slot of a batch."""
-    return config.latent.grid**2 if config.latent.readout == "slots" else 0
+def room(config) -> Room:
+    """An image to predict, and what its latents are read from."""
+    readout = config.latent.readout
+    return Room(slots=config.latent.grid**2 if readout == "slots" else 0, targets=1, reads=int(readout == "last_token"))
 
 
 def fit_layout(record: dict, index: int, config, codec) -> Layout:
@@ -205,7 +211,7 @@ def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
     def moments(model, batch):
         encoded = encode(model.vlm.vision, model.vlm.config, batch, image_patches=config.data.image_patches)
         z = targets(model.vlm.config, encoded, batch, config.latent)
-        valid = jnp.broadcast_to(batch["latent_mask"][..., None], z.shape[:-1])
+        valid = jnp.broadcast_to(batch["target_mask"], z.shape[:-1])
         z = jnp.where(valid[..., None], z, 0)
         return valid.sum(), z.sum((0, 1, 2)), (z * z).sum((0, 1, 2))
 
@@ -232,7 +238,7 @@ def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, "
 
 def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
     """What every term's sum is divided by: supervised tokens, slots, examples. Known from the batch alone."""
-    examples = batch["latent_mask"].sum().astype(jnp.float32)
+    examples = batch["target_mask"].sum().astype(jnp.float32)
     slots = config.latent.grid**2
     return {"next_token": batch["loss_weights"].sum(), "similarity": examples * slots, "alignment": examples}
 
@@ -249,12 +255,12 @@ def targets(model_config, encoded: tuple, batch: dict[str, Array], latent: Laten
     if latent.space == "merged":
         step = unit**2
         features, image, cells = merged, batch["patch_image"][:, ::step], batch["patch_positions"][:, ::step] // unit
-        grid = batch["target_grid"]
+        grid = batch["target_grid"][:, :, 0]
     else:
         features, image, cells = before, batch["patch_image"], batch["patch_positions"]
-        grid = batch["target_grid"] * unit
+        grid = batch["target_grid"][:, :, 0] * unit
     pool = jax.vmap(functools.partial(adaptive_pool, side=latent.grid))
-    return jax.lax.stop_gradient(pool(features, image, cells, batch["target_image"], grid))
+    return jax.lax.stop_gradient(pool(features, image, cells, batch["target_image"][..., 0], grid))
 
 
 def cache_targets(vision: VisionTower, model_config, batch: dict[str, Array], config) -> Float[Array, "G E S Z"]:
@@ -281,13 +287,15 @@ def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Arr
     G, B, T, D = hidden.shape
     flat = hidden.reshape(G, B * T, D)
     if readout == "slots":
-        return jax.vmap(lambda h, i: h[i])(flat, batch["latent_index"])
-    start, end = batch["caption_span"][..., 0], batch["caption_span"][..., 1]
+        return jax.vmap(lambda h, i: h[i])(flat, batch["slot_index"])
     if readout == "last_token":
-        text = jax.vmap(lambda h, i: h[i])(flat, jnp.maximum(end - 1, 0))
+        text = jax.vmap(lambda h, i: h[i])(flat, batch["read_index"][..., 0])
     else:
-        place = jnp.arange(B * T)
-        inside = (place >= start[..., None]) & (place < end[..., None])
+        # The caption's tokens are those that are predicted: a weight stands one place before its token.
+        ids = batch["segment_ids"].reshape(G, B * T)
+        spoken = jnp.roll(batch["loss_weights"].reshape(G, B * T), 1, axis=1) > 0
+        places = jnp.arange(1, batch["example_mask"].shape[1] + 1)
+        inside = (ids[:, None] == places[:, None]) & spoken[:, None]
         share = inside / jnp.maximum(inside.sum(-1, keepdims=True), 1)
         text = jnp.einsum("GEX,GXD->GED", share.astype(flat.dtype), flat)
     # One vector for every slot: the slot's embedding tells the head which cell is asked for.
@@ -312,7 +320,7 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     hidden, predicted, target = forward(model, batch, config)
     G, E, S, Z = predicted.shape
     predicted, target = predicted.reshape(G * E, S, Z), target.reshape(G * E, S, Z)
-    mask = batch["latent_mask"].reshape(G * E)
+    mask = batch["target_mask"].reshape(G * E)
     T, D = hidden.shape[-2:]
     options = config.loss
     results = {

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from latent_jax.benchmarks.rows import conversation
 from latent_jax.data.layout import Layout
+from latent_jax.data.packing import Room
 from latent_jax.data.prompts import described
 from latent_jax.errors import UserError
 from latent_jax.fields import option
@@ -95,9 +96,9 @@ def _benchmark(dataset: str):
     return found if hasattr(found, "SCORERS") else None
 
 
-def slots(config) -> int:
-    """No latent slots."""
-    return 0
+def room(config) -> Room:
+    """Nothing beside tokens and images."""
+    return Room()
 
 
 def build_head(model_config, config, rngs) -> None:

@@ -62,12 +62,21 @@ def attention(
     return kernel(q, k, v, mask)
 
 
-def packed_mask(segment_ids: Int[Array, "R T"], view_ids: Int[Array, "R T"]) -> Bool[Array, "R 1 T T"]:
-    """Who sees whom in a packed row: earlier keys of one's own segment whose view is 0 (the trunk) or one's own."""
+def packed_mask(
+    segment_ids: Int[Array, "R T"],
+    view_ids: Int[Array, "R T"],
+    hidden: Bool[Array, "R T"] | None = None,
+    late: Bool[Array, "R T"] | None = None,
+) -> Bool[Array, "R 1 T T"]:
+    """Who sees whom in a packed row: earlier keys of one's own segment whose view is 0 (the trunk) or one's own; late
+    queries see no hidden key."""
     T = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     view = (view_ids[:, None, :] == 0) | (view_ids[:, :, None] == view_ids[:, None, :])
-    return (same & view & jnp.tril(jnp.ones((T, T), bool)))[:, None]
+    mask = same & view & jnp.tril(jnp.ones((T, T), bool))
+    if hidden is not None:
+        mask &= ~(late[:, :, None] & hidden[:, None, :])
+    return mask[:, None]
 
 
 def masked_attention(

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from latent_jax.analysis import geometry, imagination
-from latent_jax.data import budgeting, pipeline
+from latent_jax.data import budgeting, packing
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain
 from latent_jax.models.weights import Structure
@@ -117,7 +117,7 @@ def test_report_has_every_arm_and_the_geometry(facade, records):
     examples = [facade.codec.lay_out(imagination.caption_layout(record, config)) for record in records]
     budgets = budgeting.choose(examples, batch_size=4, window_patches=16, slots=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
-    batches, ticks, seen = list(pipeline.batches(examples, budgets)), [0], []
+    batches, ticks, seen = list(packing.batches(examples, budgets)), [0], []
 
     def tick(count):
         ticks.append(ticks[-1] + count)

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import latent_jax
 from latent_jax.data.chat import Codec
-from latent_jax.data.layout import Image, Imagined, Layout, Slots, Text, Video
+from latent_jax.data.layout import Image, Layout, Read, Slots, Text, Video
 from latent_jax.errors import UserError
 from tests.data import tiny_codec
 
@@ -83,7 +83,6 @@ def test_loss_is_the_assistants_words_and_their_end(codec):
     np.testing.assert_array_equal(example.targets[spoken - 1], example.tokens[spoken])
     text = codec.tokenizer.decode(example.tokens[spoken])
     assert text == "The ball is naïve, é.\n<|im_end|> redcube<|im_end|>"
-    assert example.caption_span.tolist() == [spoken[0], spoken[-1] + 1]
 
 
 def test_loss_follows_characters_through_merges(codec):
@@ -170,18 +169,17 @@ def test_one_question_needs_no_view(codec):
 def test_slots_and_target(codec):
     layout = Layout(
         images=(picture(seed=1), picture(150, 40)),
-        target=1,
-        trunk=(Text("<|im_start|>"), Text("A red ball", True), Slots((2, 3)), Text("after", True)),
+        targets=(1,),
+        trunk=(Text("<|im_start|>"), Text("A red ball", True), Read(), Slots((2, 3)), Text("after", True)),
     )
     example = codec.lay_out(layout)
     merged = len(example.patches) // 4
     assert len(example.slots) == 6 and np.diff(example.slots).tolist() == [1] * 5
     np.testing.assert_array_equal(example.feature_index[example.slots], merged + np.arange(6))
     assert (np.delete(example.feature_index, example.slots) == -1).all()
-    start, end = example.caption_span
-    assert codec.tokenizer.decode(example.tokens[start:end]) == "A red ball"
-    assert example.target_image == 1, "only the target is encoded, as nothing shows the other image"
-    assert example.target_grid.tolist() == (example.patch_positions.max(0) // 2 + 1).tolist()
+    assert codec.tokenizer.decode(example.tokens[1 : example.reads[0] + 1]) == "A red ball"
+    assert example.target_image.tolist() == [1], "only the target is encoded, as nothing shows the other image"
+    assert example.target_grid.tolist() == [(example.patch_positions.max(0) // 2 + 1).tolist()]
     first = example.positions[:, example.slots[0]]
     offsets = np.array([[0, row, column] for row in range(2) for column in range(3)]).T
     np.testing.assert_array_equal(example.positions[:, example.slots], first[:, None] + offsets)
@@ -195,7 +193,7 @@ def test_imagined_parts_stand_as_images_whose_features_are_given(codec):
         {"type": "image", "image": picture(56, 56)},
     ]
     layout = codec.render([{"role": "user", "content": content}], True, imagined_grid=(2, 2))
-    assert [part for part in layout.trunk if not isinstance(part, Text)] == [Imagined((2, 2)), Image(0)]
+    assert [part for part in layout.trunk if not isinstance(part, Text)] == [Slots((2, 2), source="given"), Image(0)]
     example = codec.lay_out(layout)
     given = np.flatnonzero(example.feature_index >= 4)
     assert example.feature_index[given].tolist() == [4, 5, 6, 7] and len(example.slots) == 0
@@ -207,7 +205,7 @@ def test_imagined_parts_stand_as_images_whose_features_are_given(codec):
 
 
 def test_slots_are_numbered_before_given_features(codec):
-    example = codec.lay_out(Layout(trunk=(Imagined((1, 2)), Slots((1, 3)))))
+    example = codec.lay_out(Layout(trunk=(Slots((1, 2), source="given"), Slots((1, 3)))))
     assert example.feature_index[example.feature_index >= 0].tolist() == [3, 4, 0, 1, 2]
 
 

@@ -31,9 +31,9 @@ def config_of(file, variant=""):
     return schema.resolve(runpy.run_path(str(CONFIGS / f"{file}.py"))["get_config"](variant))
 
 
-def check(sample, others, config, groups, slots):
+def check(sample, others, config, groups, room):
     budgets = budgeting.choose(
-        sample, batch_size=config.train.batch_size, groups=groups, row_tokens=config.data.row_tokens, slots=slots
+        sample, batch_size=config.train.batch_size, groups=groups, row_tokens=config.data.row_tokens, room=room
     )
     reached = budgeting.fill(others, budgets)
     other, binds = sorted((reached["tokens"], reached["patches"]))
@@ -66,7 +66,7 @@ def test_the_embedded_configs_fill_their_batches_with_scenes(scenes, file, cache
     # Draws with replacement from what the choice has not seen, in the data order's pattern of replayed examples.
     drawn = np.random.default_rng(0).integers(len(others) // 4, size=COUNT)
     others = [others[4 * place + number % 4] for number, place in enumerate(drawn)]
-    check(sizes[:SAMPLE], others, config, 2, method.slots(config))
+    check(sizes[:SAMPLE], others, config, 2, method.room(config))
 
 
 # ---------------------------------------------------------------- as of COCO: its images' sizes, its captions' lengths
@@ -99,4 +99,4 @@ def test_the_published_configs_fill_their_batches_with_coco_like_examples(file, 
     config = config_of(file, "qwen2_5_vl_7b")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=256))
     sample, others = (coco_like(config, count, seed, cached) for seed, count in enumerate((SAMPLE, COUNT)))
-    check(sample, others, config, 8, config.latent.grid**2 if file == "pretrain" else 0)
+    check(sample, others, config, 8, packing.Room(slots=config.latent.grid**2 if file == "pretrain" else 0))

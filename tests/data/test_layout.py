@@ -13,7 +13,7 @@ from latent_jax.errors import UserError
     [
         {"trunk": (Image(0),)},
         {"images": (b"x",), "views": ((Video(1),),)},
-        {"images": (b"x",), "target": 1},
+        {"images": (b"x",), "targets": (0, 1)},
     ],
 )
 def test_an_index_outside_the_images_names_the_record(layout):

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_jax.data.layout import Example
-from latent_jax.data.packing import Budgets, Packer, Size, numbered_batches, size_of
+from latent_jax.data.layout import Example, Layout
+from latent_jax.data.packing import Budgets, Packer, Room, Size, batches, given_features, shapes, size_of
 from latent_jax.errors import UserError
+from tests.data import tiny_codec
+from tests.reference import layouts
 
 UNIT, CHANNELS = 4, 3 * 4
 BUDGETS = Budgets(
@@ -24,6 +26,10 @@ BUDGETS = Budgets(
     channels=CHANNELS,
     image_patches=16,
     merge_unit=UNIT,
+    targets=2,
+    reads=2,
+    regress=True,
+    hidden=True,
 )
 
 
@@ -48,9 +54,12 @@ def make_example(number, tokens, images, slots, views, target):
         patch_window=np.repeat(np.arange(1, merged + 1, dtype=np.int32), UNIT),
         patch_image=np.repeat(np.arange(1, len(images) + 1, dtype=np.int32), np.array(images, int) * UNIT),
         slots=slot_tokens,
-        target_image=len(images) if target else 0,
-        target_grid=rng.integers(1, 9, 2).astype(np.int32),
-        caption_span=np.sort(rng.integers(0, tokens, 2)).astype(np.int32),
+        reads=rng.integers(0, tokens, number % 3).astype(np.int32),
+        target_image=rng.permutation(len(images))[: 2 * target].astype(np.int32) + 1,
+        target_grid=rng.integers(1, 9, (min(len(images), 2 * target), 2)).astype(np.int32),
+        feature_weights=rng.random(tokens).astype(np.float32) if number % 2 else None,
+        hidden=rng.random(tokens) < 0.5 if number % 2 else None,
+        late=rng.random(tokens) < 0.5 if number % 2 else None,
         key=f"r{number}",
     )
 
@@ -72,36 +81,42 @@ def example_lists(draw):
     return [one(number) for number in range(draw(st.integers(1, 20)))]
 
 
-def unpack(batch, numbers, originals):
+def unpack(batch, originals):
     """{number: Example} of one batch, every field read back from the batch.
 
     A batch does not say how many patches an example has: the originals' lengths tell where the next one starts.
     """
     found, starts = {}, {}
-    for a, g, slot in zip(*np.nonzero(batch["example_mask"]), strict=True):
+    for a, g, place in zip(*np.nonzero(batch["example_mask"]), strict=True):
         group = {name: array[a, g] for name, array in batch.items()}
-        original = originals[numbers[a, g, slot]]
-        row, segment = group["example_row"][slot], group["example_segment"][slot]
-        where = np.flatnonzero(group["segment_ids"][row] == segment)
-        assert (np.diff(where) == 1).all()
+        number = group["number"][place]
+        original = originals[number]
+        rows, where = np.nonzero(group["segment_ids"] == place + 1)
+        row = rows[0]
+        assert (rows == row).all() and (np.diff(where) == 1).all()
         patch, window, image = starts.get((a, g), (0, 0, 0))
         count = len(original.patches)
         here = slice(patch, patch + count)
         flat = row * BUDGETS.tokens + where[0]
         features = [unpacked_feature(value, patch, count) for value in group["feature_index"][row, where]]
         per_token = ("tokens", "view_ids", "targets", "loss_weights")
-        found[numbers[a, g, slot]] = Example(
+        asked = {name: group[name][row, where] for name in ("feature_weights", "hidden", "late")}
+        empty = [name for name in asked if getattr(original, name) is None]
+        assert not any(asked[name].any() for name in empty)
+        targets = group["target_mask"][place]
+        found[number] = Example(
             **{name: group[name][row, where] for name in per_token},
+            **{name: None if name in empty else values for name, values in asked.items()},
             positions=group["positions"][row][:, where],
             feature_index=np.array(features),
             patches=group["patches"][here],
             patch_positions=group["patch_positions"][here],
             patch_window=group["patch_window"][here] - window,
             patch_image=group["patch_image"][here] - image,
-            slots=group["latent_index"][slot, : len(original.slots)] - flat,
-            target_image=int(group["target_image"][slot] - image) if group["latent_mask"][slot] else 0,
-            target_grid=group["target_grid"][slot],
-            caption_span=group["caption_span"][slot] - flat,
+            slots=group["slot_index"][place, group["slot_mask"][place]] - flat,
+            reads=group["read_index"][place, group["read_mask"][place]] - flat,
+            target_image=group["target_image"][place, targets] - image,
+            target_grid=group["target_grid"][place, targets],
             key=original.key,
         )
         starts[a, g] = (
@@ -123,9 +138,9 @@ def unpacked_feature(value, patch, count):
 @settings(max_examples=40, deadline=None)
 def test_unpacking_gives_every_example_back(examples):
     seen = 0
-    for batch, numbers in numbered_batches(examples, BUDGETS):
+    for batch in batches(examples, BUDGETS):
         check_shapes(batch)
-        found, ends = unpack(batch, numbers, examples)
+        found, ends = unpack(batch, examples)
         assert sorted(found) == list(range(seen, seen + len(found))), "in data order, none lost, none twice"
         for number, example in found.items():
             for field in dataclasses.fields(Example):
@@ -145,20 +160,21 @@ def check_shapes(batch):
         "patch_positions": (P, 2),
         "patch_window": (P,),
         "patch_image": (P,),
-        "latent_index": (E, S),
-        "target_grid": (E, 2),
-        "caption_span": (E, 2),
+        **dict.fromkeys(("example_mask", "number"), (E,)),
+        **dict.fromkeys(("slot_index", "slot_mask"), (E, S)),
+        **dict.fromkeys(("target_image", "target_mask", "read_index", "read_mask"), (E, 2)),
+        "target_grid": (E, 2, 2),
     }
+    assert batch.keys() == shapes(BUDGETS).keys()
     for name, array in batch.items():
-        slots = name.startswith(("example_", "latent_mask", "target_image"))
-        assert array.shape == (A, G, *wide.get(name, (E,) if slots else (B, T))), name
-        kind = {"loss_weights": "float32", "patches": "uint8", "example_mask": "bool", "latent_mask": "bool"}
-        assert array.dtype == kind.get(name, "int32"), name
+        assert array.shape == (A, G, *wide.get(name, (B, T))), name
+        kind = {"loss_weights": "float32", "feature_weights": "float32", "patches": "uint8"}
+        assert array.dtype == ("bool" if name.endswith(("_mask", "hidden", "late")) else kind.get(name, "int32")), name
 
 
 def check_padding(batch, ends):
     empty = batch["segment_ids"] == 0
-    for name in ("tokens", "view_ids", "targets", "loss_weights"):
+    for name in ("tokens", "view_ids", "targets", "loss_weights", "feature_weights", "hidden", "late"):
         assert not batch[name][empty].any()
     assert (batch["feature_index"][empty] == -1).all()
     for a, g in np.ndindex(BUDGETS.micro, BUDGETS.groups):
@@ -171,11 +187,13 @@ def check_padding(batch, ends):
 def check_indices(batch):
     first_slot = BUDGETS.patches // UNIT
     assert batch["feature_index"].max() < first_slot + BUDGETS.slots
-    assert batch["latent_index"].max() < BUDGETS.rows * BUDGETS.tokens
+    assert batch["slot_index"].max() < BUDGETS.rows * BUDGETS.tokens
+    for a, g in np.ndindex(*batch["segment_ids"].shape[:2]):
+        found = set(batch["segment_ids"][a, g].ravel().tolist()) - {0}
+        assert found == set((np.flatnonzero(batch["example_mask"][a, g]) + 1).tolist())
     for a, g, row in np.ndindex(*batch["segment_ids"].shape[:3]):
         segments = batch["segment_ids"][a, g, row]
-        inside = segments[segments > 0]
-        assert sorted(set(inside)) == list(range(1, len(set(inside)) + 1)) and (np.diff(inside) >= 0).all()
+        assert (np.diff(segments[segments > 0]) >= 0).all()
         features = batch["feature_index"][a, g, row]
         visual = features[(features >= 0) & (features < first_slot)]
         assert (batch["patch_image"][a, g, visual * UNIT] > 0).all()
@@ -185,21 +203,18 @@ def test_the_first_example_that_fits_nowhere_opens_the_next_step():
     """Against the plain statement of first fit: a smaller one that comes later does not slip in before it."""
     budgets = dataclasses.replace(BUDGETS, micro=1, groups=1, rows=1, examples=9)
     lengths = [10, 5, 3, 1, 16, 2]
-    packer, steps = Packer(budgets), []
-    for number, length in enumerate(lengths):
-        if packer.add(make_example(number, length, [], 0, 0, False)):
-            steps.append(packer.numbers[packer.numbers >= 0].tolist())
-    packer.flush()
-    steps.append(packer.numbers[packer.numbers >= 0].tolist())
-    assert steps == [[0, 1], [2, 3], [4], [5]]
+    examples = [make_example(number, length, [], 0, 0, False) for number, length in enumerate(lengths)]
+    packer = Packer(budgets)
+    steps = [batch for example in examples if (batch := packer.add(example))] + [packer.flush()]
+    assert [batch["number"][batch["example_mask"]].tolist() for batch in steps] == [[0, 1], [2, 3], [4], [5]]
     assert packer.flush() is None
 
 
 def test_the_example_budget_binds_a_group():
     budgets = dataclasses.replace(BUDGETS, micro=1, groups=2, tokens=64, examples=2)
-    batches = list(numbered_batches([make_example(i, 5, [], 0, 0, False) for i in range(5)], budgets))
-    assert [numbers[numbers >= 0].tolist() for _, numbers in batches] == [[0, 1, 2, 3], [4]]
-    assert batches[0][1].tolist() == [[[0, 1], [2, 3]]]
+    found = list(batches([make_example(i, 5, [], 0, 0, False) for i in range(5)], budgets))
+    assert [batch["number"][batch["example_mask"]].tolist() for batch in found] == [[0, 1, 2, 3], [4]]
+    assert found[0]["number"].tolist() == [[[0, 1], [2, 3]]]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_an_example_over_budget_is_named_and_not_taken(change, words):
 
 def test_stills_join_video_batches_as_repeated_frames():
     still = make_example(0, 5, [2], 0, 0, False)
-    batch, _ = next(numbered_batches([still], dataclasses.replace(BUDGETS, channels=2 * CHANNELS)))
+    batch = next(batches([still], dataclasses.replace(BUDGETS, channels=2 * CHANNELS)))
     wide = batch["patches"][0, 0, :8].reshape(8, 3, 2, 4)
     for frame in range(2):
         np.testing.assert_array_equal(wide[:, :, frame], still.patches.reshape(8, 3, 4))
@@ -232,19 +247,19 @@ def test_stills_join_video_batches_as_repeated_frames():
 
 def test_given_latents_stand_in_their_examples_slot():
     """Those that bring none have zeros; one whose image would have to be encoded is refused."""
-    budgets = dataclasses.replace(BUDGETS, target_slots=2, target_size=3, target_dtype="bfloat16")
+    budgets = dataclasses.replace(BUDGETS, targets=1, target_slots=2, target_size=3, target_dtype="bfloat16")
     rng = np.random.default_rng(0)
     given = {number: rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16) for number in range(7) if number % 3}
     examples = [
         dataclasses.replace(make_example(number, 5, [1], 2, 0, False), target_latents=given.get(number))
         for number in range(7)
     ]
-    for batch, numbers in numbered_batches(examples, budgets):
+    for batch in batches(examples, budgets):
         assert batch["target_latents"].shape == (2, 2, 3, 2, 3)
         assert batch["target_latents"].dtype == ml_dtypes.bfloat16
-        for place in np.ndindex(numbers.shape):
-            latents = given.get(numbers[place])
-            assert batch["latent_mask"][place] == (latents is not None)
+        for place in np.ndindex(batch["number"].shape):
+            latents = given.get(batch["number"][place]) if batch["example_mask"][place] else None
+            assert batch["target_mask"][place] == (latents is not None)
             assert np.array_equal(batch["target_latents"][place], np.zeros((2, 3)) if latents is None else latents)
     with pytest.raises(UserError, match="'r8': its image has no latents in the latent cache"):
         Packer(budgets).add(make_example(8, 5, [1], 2, 0, True))
@@ -259,5 +274,89 @@ def test_budgets_that_cannot_be_are_refused():
         dataclasses.replace(BUDGETS, rows=0)
 
 
-def test_size_counts_slots_and_features_behind_the_visual_tokens():
-    assert size_of(make_example(0, 12, [2, 1], 3, 0, True), UNIT) == Size(12, 12, 3, CHANNELS, 8)
+def test_size_says_what_an_example_needs_room_for():
+    assert size_of(make_example(0, 12, [2, 1], 3, 0, True)) == Size(12, 12, 3, CHANNELS, 8, 2)
+    assert size_of(make_example(2, 12, [2], 3, 0, True)) == Size(12, 8, 3, CHANNELS, 8, 1, 2)
+    assert size_of(make_example(1, 12, [], 0, 0, False)) == Size(12, 0, 0, CHANNELS, 0, 0, 1, True, True)
+    assert size_of(make_example(1, 12, [], 0, 0, False)).room == Room(0, 0, 1, True, True)
+
+
+def test_what_a_method_made_no_room_for_is_its_fault_and_no_records():
+    example = make_example(1, 12, [2], 0, 0, False)
+    for name in ("regress", "hidden"):
+        with pytest.raises(ValueError, match=rf"'r1': needs Room\({name}=True\)"):
+            Packer(dataclasses.replace(BUDGETS, **{name: False})).add(example)
+    features = example.feature_index.copy()
+    features[:2] = 2 + np.arange(2)
+    outside = dataclasses.replace(example, feature_index=features)
+    assert given_features(outside) == 2
+    with pytest.raises(ValueError, match="'r1': 2 given features, which only prompts have"):
+        Packer(BUDGETS).add(outside)
+
+
+def test_there_is_no_array_for_what_has_no_room():
+    plain = Budgets(micro=1, groups=1, rows=1, tokens=8, patches=0, examples=1, slots=0, channels=1)
+    always = shapes(plain).keys()
+    more = {
+        "slots": ({"slot_index", "slot_mask"}, 1),
+        "targets": ({"target_image", "target_grid", "target_mask"}, 1),
+        "reads": ({"read_index", "read_mask"}, 1),
+        "regress": ({"feature_weights"}, True),
+        "hidden": ({"hidden", "late"}, True),
+    }
+    for name, (arrays, size) in more.items():
+        assert shapes(plain.with_room(Room(**{name: size}))).keys() - always == arrays
+
+
+# ---------------------------------------------------------------- laid-out layouts of every part
+
+
+def seen(group, place):
+    """What one example is in its group, position by position, told without the places of its neighbours."""
+    merged = len(group["patches"]) // UNIT
+    rows, tokens = np.nonzero(group["segment_ids"] == place + 1)
+    flat = {row * group["tokens"].shape[1] + token: at for at, (row, token) in enumerate(zip(rows, tokens))}
+
+    def patches(of):
+        return [(group["patches"][p].tobytes(), group["patch_positions"][p].tolist()) for p in of]
+
+    def feature(index):
+        if index < 0:
+            return None
+        if index < merged:
+            return "patches", patches(range(index * UNIT, (index + 1) * UNIT))
+        return "slot", int(index - merged)
+
+    found = []
+    for row, token in zip(rows, tokens):
+        names = ("tokens", "view_ids", "targets", "loss_weights", "feature_weights", "hidden", "late")
+        found.append([group[name][row, token].item() for name in names])
+        found[-1] += [group["positions"][row, :, token].tolist(), feature(group["feature_index"][row, token])]
+    for name in ("slot", "read"):
+        found.append([flat[i] for i in group[f"{name}_index"][place, group[f"{name}_mask"][place]]])
+    for image, grid, there in zip(*(group[f"target_{name}"][place] for name in ("image", "grid", "mask"))):
+        found.append((grid.tolist(), patches(np.flatnonzero(group["patch_image"] == image))) if there else None)
+    return found
+
+
+@given(st.lists(layouts.layouts(), min_size=1, max_size=6))
+@settings(max_examples=25, deadline=None)
+def test_packed_equals_one_by_one_for_every_part(codec, shown):
+    examples = [codec.lay_out(Layout(**each)) for each in shown]
+    size = dict(rows=2, tokens=160, patches=160, examples=3, channels=588)
+    budgets = Budgets(micro=2, groups=1, slots=0, **size).with_room(Room(40, 2, 20, True, True))
+    alone = dataclasses.replace(budgets, micro=1, rows=1, examples=1, patches=120)
+    count = 0
+    for batch in batches(examples, budgets):
+        for a, g, place in zip(*np.nonzero(batch["example_mask"]), strict=True):
+            number = batch["number"][a, g, place]
+            (single,) = batches([examples[number]], alone)
+            mine = seen({name: array[a, g] for name, array in batch.items()}, place)
+            assert mine == seen({name: array[0, 0] for name, array in single.items()}, 0)
+            count += 1
+    assert count == len(examples)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    return tiny_codec.codec(tmp_path_factory.mktemp("tiny"))

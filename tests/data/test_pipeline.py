@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from latent_jax.data import budgeting, outlines, pipeline
+from latent_jax.data import budgeting, outlines, packing, pipeline
 from latent_jax.data.layout import Image, Layout, Text
 from latent_jax.data.packing import Budgets
 from latent_jax.errors import UserError
@@ -55,9 +55,9 @@ def shown(batch, codec):
     found = []
     for *group, slot in zip(*np.nonzero(batch["example_mask"]), strict=True):
         tokens, segments = (batch[name][tuple(group)] for name in ("tokens", "segment_ids"))
-        row, segment = (batch[name][*group, slot] for name in ("example_row", "example_segment"))
-        text = codec.tokenizer.decode(tokens[row][segments[row] == segment], skip_special_tokens=True)
+        text = codec.tokenizer.decode(tokens[segments == slot + 1], skip_special_tokens=True)
         index, key = text.strip("#").split(":")
+        assert batch["number"][*group, slot] == int(index), "the place that its layout was asked for"
         found.append((int(index), key))
     return found
 
@@ -283,7 +283,53 @@ def test_sampled_examples_choose_budgets_that_hold_the_data(codec):
         pipeline.sample_examples(source, layout, codec, 1)
 
 
+def noise(batch, codec) -> dict[str, list[float]]:
+    """{key and place: what a sampled method draws for it}, from a key an example folded with its number."""
+    found = {}
+    numbers = batch["number"][batch["example_mask"]].tolist()
+    for (index, key), number in zip(shown(batch, codec), numbers, strict=True):
+        found[f"{index} {key}"] = np.random.default_rng((5, number)).normal(size=2).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"groups": 1, "rows": 2, "examples": 6},
+        {"groups": 1, "micro": 2},
+        {"micro": 2, "tokens": 128},
+        {"groups": 4, "examples": 2, "patches": 96},
+    ],
+)
+def test_an_examples_noise_depends_on_nothing_but_its_place_in_the_data_order(codec, shape):
+    """Not on packing, micro-steps, hosts, threads, prefetching, resumes or broken neighbours."""
+    source = records(17)
+    source[4]["images"] = [b"broken"]
+    source[6]["images"] = [png(6)[:60]]
+    options = dict(epochs=2, max_broken=0.2)
+    want = {}
+    for batch in make(source, codec, **options):
+        want |= noise(batch, codec)
+    assert len(want) == 30 and len({tuple(drawn) for drawn in want.values()}) == 30
+    budgets = dataclasses.replace(BUDGETS, **shape)
+    found, iterator = {}, make(source, codec, budgets=budgets, threads=1, prefetch=1, **options)
+    for batch in iterator:
+        found |= noise(batch, codec)
+        state, again = iterator.get_state(), make(source, codec, budgets=budgets, prefetch=3, **options)
+        again.set_state(json.loads(json.dumps(state)))
+        iterator.close()
+        iterator = again
+        if len(found) > 20:
+            break
+    hosts = [make(source, codec, budgets=budgets, own=(own,), **options) for own in range(budgets.groups)]
+    for host in hosts:
+        host.set_state({**iterator.get_state(), "blank": 0})
+        for batch in host:
+            found |= noise(batch, codec)
+    assert found == want
+
+
 def test_evaluation_batches_hold_every_example_once_in_order(codec):
     examples = [codec.lay_out(layout(record, i)) for i, record in enumerate(records(8))]
-    found = [item for batch in pipeline.batches(examples, BUDGETS) for item in shown(batch, codec)]
+    found = [item for batch in packing.batches(examples, BUDGETS) for item in shown(batch, codec)]
     assert sorted(found) == [(i, f"r{i}") for i in range(8)]

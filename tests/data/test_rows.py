@@ -1,9 +1,15 @@
 """Prompts as rows: buckets, and that a packed batch holds the same prompts as one a row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from latent_jax.data import rows
+from latent_jax.data import packing, rows
+from latent_jax.data.layout import Image, Layout, Read, Slots, Text
+from tests.reference import layouts
 from tests.reference.small import codec, model_config
 
 
@@ -56,3 +62,72 @@ def test_a_packed_batch_holds_every_prompt(lengths):
     ids = packed.batch["segment_ids"].ravel()
     assert set(np.flatnonzero(ids).tolist()) == taken and len(set(ids[ids > 0].tolist())) == count
     assert packed.batch["tokens"].size <= rows.bucket(count) * plain.batch["tokens"].shape[2]
+
+
+def test_a_prompt_batch_is_a_training_batch():
+    """The same keys, shapes and values as training's packer gives of the same examples in the same rows."""
+    examples = [codec().lay_out(Layout(**shown)) for shown in MIXED]
+    laid = rows.one_per_row(examples, model_config())
+    R, T = laid.places.shape
+    P, c = laid.batch["patches"].shape[1:]
+    room = [packing.size_of(example).room for example in examples]
+    most = {f.name: max(getattr(each, f.name) for each in room) for f in dataclasses.fields(packing.Room)}
+    size = dict(rows=R, tokens=T, patches=P, examples=R, channels=c, slots=0)
+    budgets = packing.Budgets(micro=1, groups=1, **size).with_room(packing.Room(**most))
+    assert all(2 * len(example.tokens) > T for example in examples), "each takes a row of its own"
+    (trained,) = packing.batches(examples, budgets)
+    assert laid.batch.keys() == trained.keys()
+    for name, values in trained.items():
+        np.testing.assert_array_equal(laid.batch[name], values[0], name)
+
+
+PARTS = {
+    "words": (Text("<|im_start|>What colour is the red ball left of the blue cube?" * 3, True),),
+    "read": (Text("<|im_start|>" + "the ball " * 16), Read(), Text("left"), Slots(3, marks=False), Read()),
+    "image": (Text("<|im_start|>" + "the ball " * 16), Image(2, loss=True, hidden=True), Text("so", late=True)),
+}
+MIXED = [
+    dict(images=layouts.PICTURES, trunk=trunk, targets=targets, key=key)
+    for (key, trunk), targets in zip(PARTS.items(), ((), (0,), (1, 2)))
+]
+
+
+@given(st.lists(layouts.layouts(sources=("learned", "given", "written")), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_every_prompt_is_in_the_batch_position_by_position(shown):
+    """Given features follow each other in the order of the prompts, behind the slots that all prompts share."""
+    examples, config = [codec().lay_out(Layout(**each)) for each in shown], model_config()
+    S = max(len(example.slots) for example in examples)
+    for laid in (rows.packed(examples, config), rows.one_per_row(examples, config)):
+        batch = {name: array[0] for name, array in laid.batch.items()}
+        M, visual, outside = len(batch["patches"]) // 4, 0, 0
+        tokens, ids = batch["tokens"].ravel(), batch["segment_ids"].ravel()
+        assert (ids > 0).sum() == sum(len(example.tokens) for example in examples)
+        for number, example in enumerate(examples):
+            m, s = len(example.patches) // 4, len(example.slots)
+            for at in range(len(example.tokens)):
+                place = laid.places[number, at]
+                assert (tokens[place], ids[place]) == (example.tokens[at], number + 1)
+                own, found = example.feature_index[at], batch["feature_index"].ravel()[place]
+                if own < m:
+                    assert found == (own + visual if own >= 0 else -1)
+                else:
+                    assert found == (M + own - m if own < m + s else M + S + outside + own - m - s)
+                for name in ("feature_weights", "hidden", "late"):
+                    mine = getattr(example, name)
+                    assert name in batch or mine is None
+                    assert name not in batch or batch[name].ravel()[place] == (0 if mine is None else mine[at])
+            for name, mine in (("slot", example.slots), ("read", example.reads)):
+                if len(mine):
+                    kept = batch[f"{name}_index"][number, batch[f"{name}_mask"][number]]
+                    np.testing.assert_array_equal(kept, laid.places[number, mine])
+            patches = batch["patches"][4 * visual : 4 * (visual + m)]
+            assert patches.tobytes() == example.patches.tobytes()
+            assert batch["example_mask"][number] and batch["number"][number] == number
+            visual, outside = visual + m, outside + rows.given_features(example, config)
+        assert outside == sum(each.count for one in shown for each in given_slots(one))
+
+
+def given_slots(shown):
+    parts = (part for stretch in (shown["trunk"], *shown["views"]) for part in stretch)
+    return [part for part in parts if isinstance(part, Slots) and part.source == "given"]

@@ -40,8 +40,8 @@ def model() -> LatentVLM:
 def packed():
     """Questions of three records and a caption, in two rows."""
     config, codec = make_config(), small.codec()
-    size = dict(rows=2, tokens=256, patches=96, examples=4, slots=imagine.slots(config), channels=588, image_patches=32)
-    packer = Packer(Budgets(micro=1, groups=1, **size))
+    size = dict(rows=2, tokens=256, patches=96, examples=4, slots=0, channels=588, image_patches=32)
+    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(imagine.room(config)))
     records = [small.record(i) for i in range(COUNT)] + [small.record(COUNT) | {"questions": []}]
     for i, record in enumerate(records):
         assert packer.add(codec.lay_out(imagine.layout(record, i, config, codec))) is None
@@ -113,8 +113,8 @@ def test_a_trained_heads_statistics_stay_and_a_new_ones_are_measured():
     config, codec = make_config(), small.codec()
     assert imagine.fit(model(), iter(()), config) == {}
     fresh = LatentVLM(model().vlm, imagine.build_head(small.model_config(), config, nnx.Rngs(1)))
-    size = dict(rows=1, tokens=64, patches=96, examples=4, slots=4, channels=588, image_patches=32)
-    packer = Packer(Budgets(micro=1, groups=1, **size))
+    size = dict(rows=1, tokens=64, patches=96, examples=4, slots=0, channels=588, image_patches=32)
+    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(imagine.room(config)))
     for i in range(3):
         packer.add(codec.lay_out(imagine.fit_layout(small.record(i), i, config, codec)))
     batch = packer.flush()

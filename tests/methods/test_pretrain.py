@@ -88,15 +88,17 @@ def packed(config, layout=pretrain.layout) -> tuple[dict, np.ndarray]:
             patches=576,
             examples=5,
             channels=192,
-            slots=pretrain.slots(config),
+            slots=0,
             image_patches=128,
-        )
+        ).with_room(pretrain.room(config))
     )
     for i, record in enumerate(records()):
         assert packer.add(loaded.codec.lay_out(layout(record, i, config, loaded.codec))) is None
     batch = packer.flush()
     assert batch["example_mask"].sum(axis=-1).all(), "a group is empty"
-    return {key: jnp.asarray(value[0]) for key, value in batch.items()}, packer.numbers[0]
+    return {key: jnp.asarray(value[0]) for key, value in batch.items()}, np.where(
+        batch["example_mask"], batch["number"], -1
+    )[0]
 
 
 # ---------------------------------------------------------------- the reference
@@ -306,7 +308,7 @@ def test_every_batch_holds_the_replay_share_exactly(case, number):
     size, replayed = case
     config = make_config(data=dict(replay=replayed / size), latent=dict(captions="first"))
     layouts = [shown(i, config) for i in range(number * size, (number + 1) * size)]
-    assert sum(layout.target is None for layout in layouts) == replayed
+    assert sum(not layout.targets for layout in layouts) == replayed
 
 
 def test_captions_are_drawn_by_seed_and_index_and_all_of_them_come_up():
@@ -330,13 +332,14 @@ def test_no_image_stands_in_the_sequence_that_imagines_it():
     for readout in pretrain.READOUTS:
         config = make_config(data=dict(replay=0.0), latent=dict(readout=readout))
         layout = shown(1, config)
-        assert layout.target == 0
+        assert layout.targets == (0,)
         loaded = ours.load(saved("small_patches")[0])
         example = loaded.codec.lay_out(pretrain.layout(records()[0], 0, config, loaded.codec))
         merged = len(example.patches) // 4
         assert merged == 15
         assert not ((example.feature_index >= 0) & (example.feature_index < merged)).any()
-        assert len(example.slots) == pretrain.slots(config)
+        room = pretrain.room(config)
+        assert (len(example.slots), len(example.reads)) == (room.slots, room.reads)
 
 
 def test_imagined_grid():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from latent_jax import config as schema
 from latent_jax import encode, settling, state, train
-from latent_jax.data import budgeting, latent_cache, pipeline
+from latent_jax.data import budgeting, latent_cache, packing, pipeline
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
@@ -149,7 +149,7 @@ def one_by_one(made: encode.Encoder, source) -> dict[int, np.ndarray]:
             continue
         example = made.codec.lay_out(pretrain.cache_layout(record, made.config))
         budgets = budgeting.choose([example], batch_size=1)
-        batch = {k: jnp.asarray(v[0]) for k, v in next(pipeline.batches([example], budgets)).items()}
+        batch = {k: jnp.asarray(v[0]) for k, v in next(packing.batches([example], budgets)).items()}
         options = dict(image_patches=budgets.image_patches)
         z = pretrain.targets(made.model_config, model.vlm.encode(batch, **options), batch, made.config.latent)
         found[index] = np.asarray(z)[0, 0]

@@ -33,14 +33,18 @@ def random(*shapes, seed=0):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=12, max_size=12))
-def test_packed_mask_is_the_rule_of_segments_and_views(ids):
-    segments, views = np.array(ids, np.int32).T
-    found = np.asarray(packed_mask(jnp.asarray(segments[None]), jnp.asarray(views[None])))[0, 0]
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans()), min_size=12, max_size=12)
+)
+def test_packed_mask_is_the_rule_of_segments_views_and_hidden_keys(ids):
+    segments, views, hidden, late = np.array(ids, np.int32).T
+    rows = [jnp.asarray(each[None]) for each in (segments, views, hidden > 0, late > 0)]
+    plain, found = (np.asarray(packed_mask(*rows[:count]))[0, 0] for count in (2, 4))
     for query in range(len(ids)):
         for key in range(len(ids)):
             sees = key <= query and segments[key] == segments[query] and views[key] in (0, views[query])
-            assert found[query, key] == sees, (query, key)
+            assert plain[query, key] == sees, (query, key)
+            assert found[query, key] == (sees and not (late[query] and hidden[key])), (query, key)
 
 
 @pytest.mark.parametrize(("N", "K", "H"), [(4, 2, 8), (3, 1, 16), (2, 2, 80), (1, 1, 128)])

@@ -92,10 +92,10 @@ def batches(config, count: int, micro: int = 1) -> list[packing.Batch]:
             tokens=64,
             patches=48,
             examples=2,
-            slots=pretrain.slots(config),
+            slots=0,
             channels=3 * 14 * 14,
             image_patches=32,
-        )
+        ).with_room(pretrain.room(config))
     )
     examples = (codec().lay_out(pretrain.layout(record(i), i, config, codec())) for i in itertools.count())
     finished = (batch for batch in map(packer.add, examples) if batch is not None)

@@ -52,7 +52,8 @@ class Qwen2_5_VL(nnx.Module):
     def decode(self, x: Float[Array, "G B T D"], batch: dict[str, Array], **options):
         """Final hidden states of packed rows, (G, B, T, D), and every layer's (L, G, B, T, D) when collected."""
         G, B, T, D = x.shape
-        rows = (batch[k].reshape(G * B, *batch[k].shape[2:]) for k in ("positions", "segment_ids", "view_ids"))
+        names = ("positions", "segment_ids", "view_ids", *(("hidden", "late") if "hidden" in batch else ()))
+        rows = (batch[k].reshape(G * B, *batch[k].shape[2:]) for k in names)
         hidden, layers = self.text(x.reshape(G * B, T, D), *rows, **options)
         return hidden.reshape(G, B, T, D), None if layers is None else layers.reshape(-1, G, B, T, D)
 

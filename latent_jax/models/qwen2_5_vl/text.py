@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.models.qwen2_5_vl.config import TextConfig
 from latent_jax.models.qwen2_5_vl.rope import mrope, rotate
@@ -91,6 +91,8 @@ class TextDecoder(nnx.Module):
         positions: Int[Array, "R 3 T"],
         segment_ids: Int[Array, "R T"],
         view_ids: Int[Array, "R T"],
+        hidden: Bool[Array, "R T"] | None = None,
+        late: Bool[Array, "R T"] | None = None,
         *,
         remat: str = "none",
         unroll: int = 1,
@@ -98,7 +100,7 @@ class TextDecoder(nnx.Module):
     ) -> tuple[Float[Array, "R T D"], Float[Array, "L R T D"] | None]:
         """Packed rows: (final hidden states, every layer's output or None)."""
         angles = self.angles(positions)
-        mask = packed_mask(segment_ids, view_ids)
+        mask = packed_mask(segment_ids, view_ids, hidden, late)
 
         def body(x, block):
             block = partition.gather_module(block)

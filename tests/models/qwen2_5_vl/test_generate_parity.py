@@ -10,7 +10,7 @@ import pytest
 
 import latent_jax
 from latent_jax import generate
-from latent_jax.data.layout import Image, Imagined, Layout, Text
+from latent_jax.data.layout import Image, Layout, Slots, Text
 from tests.reference import ours, theirs
 from tests.reference.checkpoints import edit_json, saved
 from tests.reference.conversations import CLIPS, STILLS, picture
@@ -74,7 +74,8 @@ def test_true_visual_tokens_as_imagined_features_equal_the_image():
     images = (picture(84, 112, 31), picture(56, 84, 32))
     before, after = Text("<|im_start|>user\nLook: "), Text(" and say what it is.")
     seen = loaded.codec.lay_out(Layout(images, trunk=(before, Image(0), after, Image(1), after)))
-    imagined = loaded.codec.lay_out(Layout(images, trunk=(before, Imagined((3, 4)), after, Image(1), after)))
+    given = Slots((3, 4), source="given")
+    imagined = loaded.codec.lay_out(Layout(images, trunk=(before, given, after, Image(1), after)))
     np.testing.assert_array_equal(seen.positions, imagined.positions)
     np.testing.assert_array_equal(seen.tokens, imagined.tokens)
     rows = generate.one_per_row([seen, imagined, imagined], loaded.config)
