@@ -85,7 +85,7 @@ class Context(NamedTuple):
     """What every row goes on from; it does not change."""
 
     prompts: list[Memory] | Memory
-    lengths: Int[Array, " R"]
+    seen: Bool[Array, "R U"]
     next_positions: Int[Array, " R"]
     sampling: Sampling | None
 
@@ -160,8 +160,10 @@ def generate(
     lengths and max_new_tokens are no part. Where three quarters of the rows have ended, the others go on without them.
     """
     ends, limit, prompts = np.array(eos, np.int32), np.int32(max_new_tokens), int((rows.lengths > 0).sum())
-    logits, memory = prefill(model, rows.batch, given, rows.places, rows.lengths, image_patches=rows.image_patches)
-    context = Context(memory, rows.lengths, rows.next_position, sampling)
+    logits, memory, seen = prefill(
+        model, rows.batch, given, rows.places, rows.lengths, image_patches=rows.image_patches
+    )
+    context = Context(memory, seen, rows.next_position, sampling)
     written = begin(model, logits, context, ends, capacity=bucket(max_new_tokens, NEW_TOKENS))
     answers: list[list[int]] = [[]] * prompts
     owner = np.arange(len(rows.lengths))  # the prompt that each row answers
@@ -188,25 +190,26 @@ def prefill(
     lengths: Int[Array, " R"],
     *,
     image_patches: int,
-) -> tuple[Float[Array, "R V"], list[Memory] | Memory]:
-    """(fp32 logits of each prompt's first new token, what the layers keep of the prompts)."""
+) -> tuple[Float[Array, "R V"], list[Memory] | Memory, Bool[Array, "R U"]]:
+    """(fp32 logits of each prompt's first new token, what the layers keep of the prompts, which of it answers see)."""
     x = embed(model, batch, given, image_patches)
     rows = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
-    hidden, memory = cached.prefill(model.text, x[0], *rows, places, lengths)
-    return model.logits(hidden), memory
+    masks = {name: batch[name][0] for name in ("hidden", "late") if name in batch}
+    hidden, memory = cached.prefill(model.text, x[0], *rows, places, lengths, **masks)
+    return model.logits(hidden), memory, cached.seen(places, lengths, **masks)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def begin(model: Qwen2_5_VL, logits: Float[Array, "R V"], context: Context, eos: Int[Array, " Z"], *, capacity: int):
     """Every row's first token, with room for `capacity` of them."""
-    R = len(context.lengths)
+    R = len(context.seen)
     token = _choose(logits, context.sampling, 0)
     empty = Written(
         jnp.int32(0),
         token,
         jnp.zeros((R, capacity), jnp.int32),
         jnp.zeros(R, jnp.int32),
-        context.lengths == 0,
+        ~context.seen.any(axis=1),
         cached.empty(model.text, R, capacity),
     )
     return _note(empty, token, eos)
@@ -238,7 +241,7 @@ def decode(
             table[token],
             context.next_positions + n,
             context.prompts,
-            context.lengths,
+            context.seen,
             written.recent,
             n,
         )
@@ -271,7 +274,7 @@ def take(context: Context, written: Written, rows: Int[Array, " R2"]) -> tuple[C
         return jax.tree.map(lambda array: jnp.take(array, rows, axis=array.ndim - 4), kept)
 
     sampling = context.sampling and context.sampling._replace(keys=context.sampling.keys[rows])
-    context = Context(memory(context.prompts), context.lengths[rows], context.next_positions[rows], sampling)
+    context = Context(memory(context.prompts), context.seen[rows], context.next_positions[rows], sampling)
     own = {name: getattr(written, name)[rows] for name in ("token", "tokens", "counts", "done")}
     return context, written._replace(**own, recent=memory(written.recent))
 

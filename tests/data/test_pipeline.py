@@ -329,6 +329,24 @@ def test_an_examples_noise_depends_on_nothing_but_its_place_in_the_data_order(co
     assert found == want
 
 
+def test_examples_whose_latents_come_from_a_cache_have_the_numbers_of_those_with_images(codec):
+    def cached(record, index):
+        shown = layout(record, index)
+        return Layout((), shown.trunk[1:], key=record["key"], latents=np.full((2, 3), index, np.float32))
+
+    options = dict(epochs=2, seed=7)
+    want, found = {}, {}
+    for batch in make(records(15), codec, **options):
+        want |= noise(batch, codec)
+    budgets = dataclasses.replace(BUDGETS, patches=0, image_patches=0, targets=1, target_slots=2, target_size=3)
+    for batch in make(records(15), codec, layout_fn=cached, budgets=budgets, **options):
+        found |= noise(batch, codec)
+        numbers = batch["number"][batch["example_mask"]]
+        assert np.array_equal(batch["target_latents"][batch["example_mask"]][:, 0, 0], numbers)
+        assert np.array_equal(batch["target_mask"][..., 0], batch["example_mask"])
+    assert found == want
+
+
 def test_evaluation_batches_hold_every_example_once_in_order(codec):
     examples = [codec.lay_out(layout(record, i)) for i, record in enumerate(records(8))]
     found = [item for batch in packing.batches(examples, BUDGETS) for item in shown(batch, codec)]

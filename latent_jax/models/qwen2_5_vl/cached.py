@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.models.qwen2_5_vl.text import TextBlock, TextDecoder
 from latent_jax.ops.attention import cached_attention, masked_attention, packed_mask
@@ -44,6 +44,23 @@ def empty(text: TextDecoder, rows: int, places: int) -> list[Memory] | Memory:
     return [Memory(zeros, zeros)] * config.num_hidden_layers
 
 
+def seen(
+    places: Int[Array, "R U"],
+    lengths: Int[Array, " R"],
+    hidden: Bool[Array, "B T"] | None = None,
+    late: Bool[Array, "B T"] | None = None,
+) -> Bool[Array, "R U"]:
+    """Which tokens of a prompt its last one sees, and all that are written behind it: late ones, where it is late."""
+    real = jnp.arange(places.shape[1]) < lengths[:, None]
+    if hidden is None:
+        return real
+    return real & ~(late.reshape(-1)[_last(places, lengths)][:, None] & hidden.reshape(-1)[places])
+
+
+def _last(places: Int[Array, "R U"], lengths: Int[Array, " R"]) -> Int[Array, " R"]:
+    return jnp.take_along_axis(places, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+
+
 def prefill(
     text: TextDecoder,
     x: Float[Array, "B T D"],
@@ -52,6 +69,8 @@ def prefill(
     view_ids: Int[Array, "B T"],
     places: Int[Array, "R U"],
     lengths: Int[Array, " R"],
+    hidden: Bool[Array, "B T"] | None = None,
+    late: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "R D"], list[Memory] | Memory]:
     """R prompts, packed into B rows: the final hidden state of each one's last token, and the memory of all of it.
 
@@ -60,9 +79,8 @@ def prefill(
       lengths: of the prompts; one of no tokens gets a hidden state that means nothing.
     """
     B, T, D = x.shape
-    angles, mask = text.angles(positions), packed_mask(segment_ids, view_ids)
-    last = jnp.take_along_axis(places, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-    real = jnp.arange(places.shape[1]) < lengths[:, None]
+    angles, mask = text.angles(positions), packed_mask(segment_ids, view_ids, hidden, late)
+    last, real = _last(places, lengths), seen(places, lengths, hidden, late)
 
     def by_prompt(each: Float[Array, "B T K H"]) -> Float[Array, "R K U H"]:
         return jnp.swapaxes(each.reshape(B * T, *each.shape[2:])[places], 1, 2)
@@ -100,16 +118,16 @@ def step(
     x: Float[Array, "R D"],
     positions: Int[Array, " R"],
     prompts: list[Memory] | Memory,
-    lengths: Int[Array, " R"],
+    real: Bool[Array, "R U"],
     recent: list[Memory] | Memory,
     n: Int[Array, ""],
 ) -> tuple[Float[Array, "R D"], list[Memory] | Memory]:
     """One more token a row: its final hidden state, and `recent` with its keys and values at place n of every row.
 
+    `real`: which of its prompt's tokens each row sees (`seen`).
     Every row writes at the same place, behind a prompt of its own length: an update in place, with no scatter.
     """
     angles = text.angles(jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1)))
-    real = jnp.arange(jax.tree.leaves(prompts)[0].shape[-2]) < lengths[:, None]
     told = (jnp.arange(jax.tree.leaves(recent)[0].shape[-2]) <= n)[None]
 
     def body(x, block, prompt, recent):

@@ -32,8 +32,8 @@ def inputs(rows=2, seed=0) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="remat", compiler_options=ours.QUICK)
-def packed(text, x, positions, segments, views, remat="none"):
-    return text(x, positions, segments, views, collect=True, remat=remat)
+def packed(text, x, positions, segments, views, hidden=None, late=None, remat="none"):
+    return text(x, positions, segments, views, hidden, late, collect=True, remat=remat)
 
 
 def one_segment(rows=2):
@@ -59,23 +59,36 @@ def test_every_layer_equals_transformers(text):
         close(found, want)
 
 
-@pytest.mark.parametrize("listed", [True, False])
-def test_the_cache_gives_what_the_packed_pass_gives(text, listed, monkeypatch):
-    """Prompts of three lengths packed in two rows, and a row without one; then the rest token by token."""
+@pytest.mark.parametrize(("listed", "covered"), [(True, False), (False, False), (True, True), (False, True)])
+def test_the_cache_gives_what_the_packed_pass_gives(text, listed, covered, monkeypatch):
+    """Prompts of three lengths packed in two rows, and a row without one; then the rest token by token.
+
+    Where something is covered: prompts 0 and 1 hide a stretch from their last tokens and from all that follows.
+    """
     monkeypatch.setattr(cached, "UNROLLED_LAYERS", 4 if listed else 3)
     # As of text, whose three axes agree: so it goes on from a prompt.
     x, where = inputs(3), jnp.broadcast_to(jnp.arange(T) + jnp.array([[[0]], [[3]], [[11]]]), (3, 3, T))
-    want, _ = packed(text, x, where, *one_segment(3))
     lengths, starts = np.array([9, 14, 7, 0]), [(0, 0), (1, 2), (0, 12)]
+    hidden, late = np.zeros((2, 3, T), bool)
+    for prompt in range(2 * covered):
+        hidden[prompt, 2:5], late[prompt, lengths[prompt] - 2 :] = True, True
+    masks = [jnp.asarray(hidden), jnp.asarray(late)] if covered else []
+    want, _ = packed(text, x, where, *one_segment(3), *masks)
+    if covered:
+        assert np.abs(want - packed(text, x, where, *one_segment(3))[0]).max() > 0.01, "nothing was hidden"
+    laid = np.zeros((2, 2, T), bool)
     rows, at = np.full((2, T, 64), 100.0, np.float32), np.zeros((2, 3, T), np.int32)
     segments, places = np.zeros((2, T), np.int32), np.zeros((4, 16), np.int32)
     for prompt, (row, start) in enumerate(starts):
         span, size = slice(start, start + lengths[prompt]), lengths[prompt]
         rows[row, span], at[row, :, span] = x[prompt, :size], where[prompt, :, :size]
         segments[row, span], places[prompt, :size] = prompt + 1, row * T + np.arange(start, start + size)
+        laid[:, row, span] = hidden[prompt, :size], late[prompt, :size]
+    laid = list(laid) if covered else []
     # A new function each time: jit knows a function that it has seen, however the layers lay then.
     quick = lambda function: jax.jit(lambda *arguments: function(*arguments), compiler_options=ours.QUICK)
-    hidden, prompts = quick(cached.prefill)(text, rows, at, segments, np.zeros_like(segments), places, lengths)
+    hidden, prompts = quick(cached.prefill)(text, rows, at, segments, np.zeros_like(segments), places, lengths, *laid)
+    real = quick(cached.seen)(places, lengths, *laid)
     assert isinstance(prompts, list) == listed
     close(hidden[:3], np.stack([want[prompt, lengths[prompt] - 1] for prompt in range(3)]))
     step, recent = quick(cached.step), cached.empty(text, 4, 12)
@@ -83,7 +96,7 @@ def test_the_cache_gives_what_the_packed_pass_gives(text, listed, monkeypatch):
         now = [min(lengths[prompt] + n, T - 1) for prompt in range(3)]
         new = jnp.stack([x[prompt, now[prompt]] for prompt in range(3)] + [x[0, 0]])
         place = jnp.stack([where[prompt, 0, now[prompt]] for prompt in range(3)] + [jnp.int32(0)])
-        hidden, recent = step(text, cached.layers_of(text), new, place, prompts, lengths, recent, n)
+        hidden, recent = step(text, cached.layers_of(text), new, place, prompts, real, recent, n)
         close(hidden[:3], np.stack([want[prompt, now[prompt]] for prompt in range(3)]))
 
 
