@@ -18,6 +18,7 @@ from flax import nnx
 
 from latent_jax.assets import TINY_VL
 from latent_jax.data import budgeting, packing
+from latent_jax.data.layout import Room
 from latent_jax.errors import UserError
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
@@ -156,7 +157,7 @@ def model_shape(config) -> tuple[ModelConfig, jnp.dtype, int]:
 
 
 def batch_shape(
-    config, room: packing.Room, model_config: ModelConfig, max_pixels: int, shards: int
+    config, room: Room, model_config: ModelConfig, max_pixels: int, shards: int
 ) -> tuple[packing.Budgets, flops.Work]:
     """Budgets as training would choose them if every example held one image of data.max_pixels and TEXT_TOKENS words.
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from latent_jax.data.layout import Example
-from latent_jax.data.packing import Budgets, FirstFit, Room, Size, first_fit, size_of
+from latent_jax.data.layout import Example, Room
+from latent_jax.data.packing import Budgets, FirstFit, Size, first_fit, size_of
 from latent_jax.errors import UserError
 
 # A step is worth its fill: of the budget that binds, of the other. Other examples than the sampled ones are to reach

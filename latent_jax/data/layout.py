@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32, UInt8
 
 from latent_jax.errors import UserError
 
@@ -118,37 +119,51 @@ class Layout:
 class Example:
     """One laid-out Layout: t tokens, p patches, m = p / merge_size^2 merged visual tokens, S slots, J targets, Q reads.
 
-    tokens, view_ids, targets (t,) int32; positions (3, t) int32; loss_weights (t,) float32, the weight of predicting
-    targets[i] from token i. feature_index (t,) int32: -1 the token's own embedding, 0..m-1 a merged visual token (in
-    window-major order), m + s slot s where it is learned, and from m + S the given features in order.
-    patches (p, c) uint8, window-major and merge-grouped; patch_positions (p, 2) int32 row and column in the image's
-    patch grid; patch_window, patch_image (p,) int32, local from 1, an image id being one temporal slice.
-    slots (S,) int32: the tokens of learned and written slots. reads (Q,) int32: the tokens whose final hidden states
-    are asked for. target_image (J,) int32 local ids from 1; target_grid (J, 2) int32 their merged rows and columns.
-    feature_weights (t,) float32: the weight of regressing the visual token at t from the hidden state before it. late
-    (t,) bool: these tokens do not see hidden (t,) bool ones. None where no part asks for them.
-    target_latents (S, Z): what is predicted where it is given rather than computed from the target images.
+    loss_weights: the weight of predicting targets[i] from token i. feature_index: -1 the token's own embedding, 0..m-1
+    a merged visual token (in window-major order), m + s slot s where it is learned, and from m + S the given features
+    in order.
+    patches: window-major and merge-grouped; patch_positions: row and column in the image's patch grid; patch_window,
+    patch_image: local from 1, an image id being one temporal slice.
+    slots: the tokens of learned and written slots. reads: the tokens whose final hidden states are asked for.
+    target_image: local ids from 1; target_grid: their merged rows and columns.
+    feature_weights: the weight of regressing the visual token at t from the hidden state before it. late tokens do not
+    see hidden ones. None where no part asks for them.
+    target_latents: what is predicted where it is given rather than computed from the target images.
     """
 
-    tokens: np.ndarray
-    view_ids: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
-    feature_index: np.ndarray
-    patches: np.ndarray
-    patch_positions: np.ndarray
-    patch_window: np.ndarray
-    patch_image: np.ndarray
-    slots: np.ndarray
-    reads: np.ndarray
-    target_image: np.ndarray
-    target_grid: np.ndarray
+    tokens: Int32[np.ndarray, " t"]
+    view_ids: Int32[np.ndarray, " t"]
+    positions: Int32[np.ndarray, "3 t"]
+    targets: Int32[np.ndarray, " t"]
+    loss_weights: Float32[np.ndarray, " t"]
+    feature_index: Int32[np.ndarray, " t"]
+    patches: UInt8[np.ndarray, "p c"]
+    patch_positions: Int32[np.ndarray, "p 2"]
+    patch_window: Int32[np.ndarray, " p"]
+    patch_image: Int32[np.ndarray, " p"]
+    slots: Int32[np.ndarray, " S"]
+    reads: Int32[np.ndarray, " Q"]
+    target_image: Int32[np.ndarray, " J"]
+    target_grid: Int32[np.ndarray, "J 2"]
     key: str = ""
-    feature_weights: np.ndarray | None = None
-    hidden: np.ndarray | None = None
-    late: np.ndarray | None = None
-    target_latents: np.ndarray | None = None
+    feature_weights: Float32[np.ndarray, " t"] | None = None
+    hidden: Bool[np.ndarray, " t"] | None = None
+    late: Bool[np.ndarray, " t"] | None = None
+    target_latents: Float[np.ndarray, "_ Z"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What one example of a batch has room for beside tokens and patches: S slots, J targets, Q reads.
+
+    regress: examples may hold `feature_weights`. hidden: they may hold `hidden` and `late`.
+    """
+
+    slots: int = 0
+    targets: int = 0
+    reads: int = 0
+    regress: bool = False
+    hidden: bool = False
 
 
 def without_empty(parts: Sequence[Part]) -> list[Part]:

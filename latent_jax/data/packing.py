@@ -7,25 +7,11 @@ import ml_dtypes  # noqa: F401 (NumPy then knows "bfloat16")
 import numpy as np
 
 from latent_jax.data.images import widen
-from latent_jax.data.layout import Example
+from latent_jax.data.layout import Example, Room
 from latent_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Drawn = Callable[[], Example | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """What one example of a batch has room for beside tokens and patches: S slots, J targets, Q reads.
-
-    regress: examples may hold `feature_weights`. hidden: they may hold `hidden` and `late`.
-    """
-
-    slots: int = 0
-    targets: int = 0
-    reads: int = 0
-    regress: bool = False
-    hidden: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from latent_jax.data import packing
-from latent_jax.data.layout import Example
+from latent_jax.data.layout import Example, Room
 
 # Least sizes of a compiled program; larger ones grow by a third or a half, see bucket.
 TOKENS, PATCHES = 32, 64
@@ -98,7 +98,7 @@ def _budgets(examples: Sequence[Example], B: int, T: int, R: int, config) -> pac
         channels=max([size.channels for size in sizes if size.patches], default=1),
         image_patches=bucket(max([window, *(size.image_patches for size in sizes)]), window),
         merge_unit=unit,
-        **{field.name: max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(packing.Room)},
+        **{field.name: max(getattr(size, field.name) for size in sizes) for field in dataclasses.fields(Room)},
     )
 
 

@@ -18,6 +18,7 @@ from latent_jax import config as schema
 from latent_jax.data import budgeting, packing, sources
 from latent_jax.data.chat import Codec
 from latent_jax.data.images import open_image
+from latent_jax.data.layout import Room
 from latent_jax.data.prompts import DESCRIBE
 from latent_jax.errors import UserError
 from latent_jax.measure import models, theirs, timing
@@ -129,7 +130,7 @@ def make_batches(config, codec: Codec, model_config, shards: int, options) -> tu
         window_patches=vision.window_patches,
         merge_unit=vision.merge_unit,
         row_tokens=config.data.row_tokens,
-        room=packing.Room(),
+        room=Room(),
     )
     count = (BATCHES + 1) * config.train.batch_size
     records = list(itertools.islice(_records(config), count))

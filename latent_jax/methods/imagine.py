@@ -14,8 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.data.layout import Layout, Slots
-from latent_jax.data.packing import Room
+from latent_jax.data.layout import Layout, Room, Slots
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.models.heads import LatentHead, LatentVLM

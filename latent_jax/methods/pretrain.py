@@ -16,8 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from latent_jax import fields
-from latent_jax.data.layout import Layout, Read, Slots, Text
-from latent_jax.data.packing import Room
+from latent_jax.data.layout import Layout, Read, Room, Slots, Text
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
 from latent_jax.fields import option

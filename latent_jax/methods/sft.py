@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.benchmarks.rows import conversation
-from latent_jax.data.layout import Layout
-from latent_jax.data.packing import Room
+from latent_jax.data.layout import Layout, Room
 from latent_jax.data.prompts import described
 from latent_jax.errors import UserError
 from latent_jax.fields import option

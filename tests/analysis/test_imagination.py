@@ -115,7 +115,7 @@ def test_records_that_cannot_be_laid_out_are_left_out_of_the_report(facade, reco
 def test_report_has_every_arm_and_the_geometry(facade, records):
     config = small.config()
     examples = [facade.codec.lay_out(imagination.caption_layout(record, config)) for record in records]
-    budgets = budgeting.choose(examples, batch_size=4, window_patches=16, slots=4)
+    budgets = budgeting.choose(examples, batch_size=4, window_patches=16)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_patches=budgets.image_patches))
     batches, ticks, seen = list(packing.batches(examples, budgets)), [0], []
 

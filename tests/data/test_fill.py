@@ -14,6 +14,7 @@ from latent_jax.data import budgeting, packing, pipeline, sources
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Codec
 from latent_jax.data.images import smart_resize
+from latent_jax.data.layout import Room
 from latent_jax.data.packing import Size
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -99,4 +100,4 @@ def test_the_published_configs_fill_their_batches_with_coco_like_examples(file, 
     config = config_of(file, "qwen2_5_vl_7b")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=256))
     sample, others = (coco_like(config, count, seed, cached) for seed, count in enumerate((SAMPLE, COUNT)))
-    check(sample, others, config, 8, packing.Room(slots=config.latent.grid**2 if file == "pretrain" else 0))
+    check(sample, others, config, 8, Room(slots=config.latent.grid**2 if file == "pretrain" else 0))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_jax.data.layout import Example, Layout
-from latent_jax.data.packing import Budgets, Packer, Room, Size, batches, given_features, shapes, size_of
+from latent_jax.data.layout import Example, Layout, Room
+from latent_jax.data.packing import Budgets, Packer, Size, batches, given_features, shapes, size_of
 from latent_jax.errors import UserError
 from tests.data import tiny_codec
 from tests.reference import layouts
@@ -108,13 +108,13 @@ def unpack(batch, originals):
             **{name: group[name][row, where] for name in per_token},
             **{name: None if name in empty else values for name, values in asked.items()},
             positions=group["positions"][row][:, where],
-            feature_index=np.array(features),
+            feature_index=np.array(features, np.int32),
             patches=group["patches"][here],
             patch_positions=group["patch_positions"][here],
             patch_window=group["patch_window"][here] - window,
             patch_image=group["patch_image"][here] - image,
-            slots=group["slot_index"][place, group["slot_mask"][place]] - flat,
-            reads=group["read_index"][place, group["read_mask"][place]] - flat,
+            slots=(group["slot_index"][place, group["slot_mask"][place]] - flat).astype(np.int32),
+            reads=(group["read_index"][place, group["read_mask"][place]] - flat).astype(np.int32),
             target_image=group["target_image"][place, targets] - image,
             target_grid=group["target_grid"][place, targets],
             key=original.key,

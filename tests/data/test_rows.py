@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax.data import packing, rows
-from latent_jax.data.layout import Image, Layout, Read, Slots, Text
+from latent_jax.data.layout import Image, Layout, Read, Room, Slots, Text
 from tests.reference import layouts
 from tests.reference.small import codec, model_config
 
@@ -71,9 +71,9 @@ def test_a_prompt_batch_is_a_training_batch():
     R, T = laid.places.shape
     P, c = laid.batch["patches"].shape[1:]
     room = [packing.size_of(example).room for example in examples]
-    most = {f.name: max(getattr(each, f.name) for each in room) for f in dataclasses.fields(packing.Room)}
+    most = {f.name: max(getattr(each, f.name) for each in room) for f in dataclasses.fields(Room)}
     size = dict(rows=R, tokens=T, patches=P, examples=R, channels=c, slots=0)
-    budgets = packing.Budgets(micro=1, groups=1, **size).with_room(packing.Room(**most))
+    budgets = packing.Budgets(micro=1, groups=1, **size).with_room(Room(**most))
     assert all(2 * len(example.tokens) > T for example in examples), "each takes a row of its own"
     (trained,) = packing.batches(examples, budgets)
     assert laid.batch.keys() == trained.keys()
