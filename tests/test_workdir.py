@@ -17,7 +17,8 @@ from latent_jax.state import first_state, make_setup
 from latent_jax.vlm import VLM
 from tests.reference import small
 
-BUDGETS = Budgets(micro=1, groups=1, rows=2, tokens=64, patches=96, examples=4, slots=4, channels=588, image_patches=32)
+SIZE = dict(rows=2, tokens=64, patches=96, examples=4, slots=4, channels=588, image_patches=32)
+BUDGETS = Budgets(micro=1, groups=1, targets=1, **SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -191,15 +191,14 @@ def share_trunk(conversations: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ..
 
 def _atoms(parts: Sequence[Part]) -> list[Part]:
     """Parts cut at every place where cutting cannot change tokens."""
-    return [
-        atom
-        for part in _joined(parts)
-        for atom in (
-            [dataclasses.replace(part, text=piece) for piece in _SPLIT.split(part.text) if piece]
-            if isinstance(part, Text)
-            else [part]
-        )
-    ]
+    atoms: list[Part] = []
+    for part in _joined(parts):
+        pieces = _SPLIT.split(part.text) if isinstance(part, Text) else ()
+        if len(pieces) > 1:
+            atoms += [Text(piece, part.loss, part.late) for piece in pieces if piece]
+        elif not isinstance(part, Text) or part.text:
+            atoms.append(part)
+    return atoms
 
 
 def _before_last_answer(atoms: Sequence[Part]) -> int:
@@ -217,25 +216,31 @@ def _before_last_answer(atoms: Sequence[Part]) -> int:
 def _may_cut(atoms: Sequence[Part], at: int) -> bool:
     """Whether a view may begin with atom `at`: its first token has a predictor in the view, and no text is cut in two
     but beside a special token. A Read is no place to cut: it has no token."""
-    before = next((atom for atom in reversed(atoms[:at]) if not isinstance(atom, Read)), None)
-    after = next((atom for atom in atoms[at:] if not isinstance(atom, Read)), None)
-    if after is not None and _carries_loss(after):
+    first, last = at, at - 1
+    while first < len(atoms) and isinstance(atoms[first], Read):
+        first += 1
+    while last >= 0 and isinstance(atoms[last], Read):
+        last -= 1
+    before, after = atoms[last] if last >= 0 else None, atoms[first] if first < len(atoms) else None
+    if _carries_loss(after):
         return False
     texts = isinstance(before, Text) and isinstance(after, Text)
     return not texts or before.text in BOUNDARIES or after.text in BOUNDARIES
 
 
-def _carries_loss(part: Part) -> bool:
-    return isinstance(part, Text | Image | Slots) and bool(part.loss)
+def _carries_loss(part: Part | None) -> bool:
+    return bool(getattr(part, "loss", False))
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Adjacent texts of equal flags made one."""
     joined: list[Part] = []
+    last: Part | None = None
     for part in without_empty(parts):
-        last = joined[-1] if joined else None
-        if isinstance(part, Text) and isinstance(last, Text) and (last.loss, last.late) == (part.loss, part.late):
-            joined[-1] = dataclasses.replace(last, text=last.text + part.text)
+        texts = isinstance(part, Text) and isinstance(last, Text)
+        if texts and last.loss == part.loss and last.late == part.late:
+            last = joined[-1] = Text(last.text + part.text, last.loss, last.late)
         else:
+            last = part
             joined.append(part)
     return tuple(joined)

@@ -124,7 +124,7 @@ def size_of(example: Example) -> Size:
 def given_features(example: Example, merge_unit: int = 4) -> int:
     """How many features an example takes from outside (given Slots)."""
     first = len(example.patches) // merge_unit + len(example.slots)
-    return int((example.feature_index >= first).sum())
+    return max(0, int(example.feature_index.max(initial=-1)) + 1 - first)
 
 
 class Packer:
@@ -276,17 +276,18 @@ class Writer:
     def write(self, example: Example, row: int, first: int | None = None, number: int = 0) -> None:
         """One example into a row, from token `first` on; None: behind the row's last one."""
         first = self._tokens[row] if first is None else first
-        self._write_tokens(example, row, slice(first, first + len(example.tokens)))
+        given = given_features(example, self.budgets.merge_unit)
+        self._write_tokens(example, row, slice(first, first + len(example.tokens)), given)
         self._write_patches(example)
         self._write_example(example, row * self.budgets.tokens + first, number)
         self._tokens[row] = max(self._tokens[row], first + len(example.tokens))
         self._patches += len(example.patches)
         self._windows += int(example.patch_window.max(initial=0))
         self._images += int(example.patch_image.max(initial=0))
-        self._given += given_features(example, self.budgets.merge_unit)
+        self._given += given
         self.examples += 1
 
-    def _write_tokens(self, example: Example, row: int, span: slice) -> None:
+    def _write_tokens(self, example: Example, row: int, span: slice, given: int) -> None:
         group = self.group
         for name in ("tokens", "view_ids", "targets", "loss_weights"):
             group[name][row, span] = getattr(example, name)
@@ -295,18 +296,20 @@ class Writer:
                 group[name][row, span] = asked
         group["segment_ids"][row, span] = self.examples + 1
         group["positions"][row, :, span] = example.positions
-        group["feature_index"][row, span] = self._in_group(example)
+        group["feature_index"][row, span] = self._in_group(example, given)
 
-    def _in_group(self, example: Example) -> np.ndarray:
+    def _in_group(self, example: Example, given: int) -> np.ndarray:
         """Its feature indices in the group: visual tokens follow the neighbours'; learned slot s is M + s for every
         example; given features follow the neighbours' from M + S on."""
         budgets, index = self.budgets, example.feature_index
         m, M = len(example.patches) // budgets.merge_unit, budgets.patches // budgets.merge_unit
         S = len(example.slots)
-        visual = index + self._patches // budgets.merge_unit
-        slot = index - m + M
-        given = slot - S + budgets.slots + self._given
-        return np.where(index < 0, -1, np.where(index < m, visual, np.where(index < m + S, slot, given)))
+        found = np.where(index < 0, -1, index + self._patches // budgets.merge_unit)
+        if S or given:
+            slot = index - m + M
+            outside = slot - S + budgets.slots + self._given
+            found = np.where(index < m, found, np.where(index < m + S, slot, outside))
+        return found
 
     def _write_patches(self, example: Example) -> None:
         if not len(example.patches):

@@ -78,7 +78,7 @@ def stretch(codec: "Codec", parts: Sequence[Part], visuals: Mapping[int, Visual]
 def _text(codec: "Codec", parts: Sequence[Text | Read], key: str) -> Stretch:
     """Adjacent texts tokenised as one string; a token has the flags of all of its characters."""
     texts = [part for part in parts if isinstance(part, Text)]
-    text = "".join(part.text for part in texts)
+    text = "".join([part.text for part in texts])
     if IMAGE_PAD in text or VIDEO_PAD in text:
         raise UserError(f"{record(key)}{IMAGE_PAD} or {VIDEO_PAD} stands in its text")
     try:
@@ -96,9 +96,11 @@ def _text(codec: "Codec", parts: Sequence[Text | Read], key: str) -> Stretch:
     flags = touched([part.loss for part in texts]) * np.uint8(LOSS)
     if any(part.late for part in texts):
         flags |= touched([part.late for part in texts]) * np.uint8(LATE)
-    # A Read is of the token of the last character before it; -1: of the last token before this text.
-    ends = itertools.accumulate(len(part.text) if isinstance(part, Text) else 0 for part in parts)
-    reads = [int((start < at).sum()) - 1 for at, part in zip(ends, parts, strict=True) if isinstance(part, Read)]
+    reads = []
+    if len(texts) < len(parts):
+        # A Read is of the token of the last character before it; -1: of the last token before this text.
+        ends = itertools.accumulate(len(part.text) if isinstance(part, Text) else 0 for part in parts)
+        reads = [int((start < at).sum()) - 1 for at, part in zip(ends, parts, strict=True) if isinstance(part, Read)]
     tokens = np.array(encoding.ids, np.int32)
     return Stretch(tokens, flags, np.full(len(tokens), -1, np.int32), [len(tokens)], reads)
 
@@ -123,9 +125,19 @@ def _block(codec: "Codec", part: Image | Video | Slots, visuals: Mapping[int, Vi
     if isinstance(part, Slots) and not part.marks:
         return Stretch(np.full(count, pad, np.int32), np.full(count, flags, np.uint8), features, [span], [])
     before, after = codec.vision_marks
-    tokens, flags = [before, *[pad] * count, after], [opening, *[flags] * count, closing]
-    features = np.pad(features, 1, constant_values=-1)
-    return Stretch(np.array(tokens, np.int32), np.array(flags, np.uint8), features, [1, span, 1], [])
+    return Stretch(
+        _between(before, np.full(count, pad, np.int32), after),
+        _between(opening, np.full(count, flags, np.uint8), closing),
+        _between(-1, features, -1),
+        [1, span, 1],
+        [],
+    )
+
+
+def _between(before: int, inside: np.ndarray, after: int) -> np.ndarray:
+    found = np.empty(len(inside) + 2, inside.dtype)
+    found[0], found[1:-1], found[-1] = before, inside, after
+    return found
 
 
 def number_slots(features: Int32[np.ndarray, " t"], merged: int) -> Int32[np.ndarray, " S"]:
@@ -133,6 +145,8 @@ def number_slots(features: Int32[np.ndarray, " t"], merged: int) -> Int32[np.nda
 
     Returns the tokens of its learned and written slots.
     """
+    if features.min(initial=-1) == -1:
+        return np.zeros(0, np.int32)
     slots = np.flatnonzero((features == _SOURCES["learned"]) | (features == _SOURCES["written"])).astype(np.int32)
     given = np.flatnonzero(features == _SOURCES["given"])
     features[slots] = np.where(features[slots] == _SOURCES["learned"], merged + np.arange(len(slots)), -1)
@@ -142,6 +156,8 @@ def number_slots(features: Int32[np.ndarray, " t"], merged: int) -> Int32[np.nda
 
 def reads(stretches: Sequence[Stretch], key: str) -> Int32[np.ndarray, " Q"]:
     """The example's tokens that are read; a Read at the beginning of a view is of the trunk's last token."""
+    if not any(each.reads for each in stretches):
+        return np.zeros(0, np.int32)
     starts = itertools.accumulate((len(each.tokens) for each in stretches), initial=0)
     before = [-1, *[len(stretches[0].tokens) - 1] * (len(stretches) - 1)]
     found = [
@@ -156,14 +172,17 @@ def reads(stretches: Sequence[Stretch], key: str) -> Int32[np.ndarray, " Q"]:
 
 def asked(flags: UInt8[np.ndarray, " t"]) -> dict[str, np.ndarray]:
     """The fields of an Example that only some layouts have."""
-    found = {}
-    if (flags & REGRESSED).any():
+    found, present = {}, np.bitwise_or.reduce(flags)
+    if present & REGRESSED:
         found["feature_weights"] = ((flags & REGRESSED) > 0).astype(np.float32)
-    if (flags & HIDDEN).any():
+    if present & HIDDEN:
         found |= {"hidden": (flags & HIDDEN) > 0, "late": (flags & LATE) > 0}
     return found
 
 
-def shifted(values: np.ndarray) -> np.ndarray:
-    """Each place's successor; 0 at the end."""
-    return np.concatenate([values[1:], np.zeros(1, values.dtype)])
+def successors(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Each place's successor in its own stretch; 0 at the end of each."""
+    found = np.empty_like(values)
+    found[:-1] = values[1:]
+    found[np.cumsum(lengths) - 1] = 0
+    return found
