@@ -221,13 +221,14 @@ class Codec:
         merged = sum(len(visual.patches.patches) for visual in visuals.values()) // self.image.merge_unit
         slots = stretches.number_slots(features, merged)
         lengths = [len(each.tokens) for each in stretched]
+        ends = np.cumsum(lengths) - 1
         targets = [visuals[index] for index in layout.targets]
         return Example(
             tokens=tokens,
             view_ids=np.repeat(np.arange(len(stretched), dtype=np.int32), lengths),
             positions=np.concatenate(positions, axis=1),
-            targets=stretches.successors(tokens, lengths),
-            loss_weights=stretches.successors(flags & stretches.LOSS, lengths).astype(np.float32),
+            targets=stretches.successors(tokens, ends),
+            loss_weights=stretches.successors(flags & stretches.LOSS, ends).astype(np.float32),
             feature_index=features,
             **self._patch_fields(visuals),
             slots=slots,

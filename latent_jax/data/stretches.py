@@ -70,8 +70,10 @@ def stretch(codec: "Codec", parts: Sequence[Part], visuals: Mapping[int, Visual]
     if not pieces:
         raise UserError(f"{record(key)}nothing to show (an empty trunk or view)")
     arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "flags", "features")]
-    starts = itertools.accumulate((len(piece.tokens) for piece in pieces), initial=0)
-    reads = [start + read for start, piece in zip(starts, pieces, strict=False) for read in piece.reads]
+    reads, start = [], 0
+    for piece in pieces:
+        reads += [start + read for read in piece.reads]
+        start += len(piece.tokens)
     return Stretch(*arrays, [span for piece in pieces for span in piece.spans], reads)
 
 
@@ -180,9 +182,9 @@ def asked(flags: UInt8[np.ndarray, " t"]) -> dict[str, np.ndarray]:
     return found
 
 
-def successors(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """Each place's successor in its own stretch; 0 at the end of each."""
+def successors(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Each place's successor in its own stretch; 0 at the last place of each."""
     found = np.empty_like(values)
     found[:-1] = values[1:]
-    found[np.cumsum(lengths) - 1] = 0
+    found[ends] = 0
     return found
