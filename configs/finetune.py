@@ -11,7 +11,7 @@ which the embedded model had not seen before (.33 %); three minutes on two CPU c
 end in `_imagine` (or be just `imagine`): the model then predicts latents after each question and answers over them
 (docs/methods.md); after published pretraining add --config.latent.grid=12. The published sizes have not been run at
 full size yet. It ends with an HF checkpoint; what it can do says an evaluation (configs/evaluate.py) of WORKDIR/hf, for
-`_imagine` of WORKDIR with --config.evaluate.imagine=true.
+`_imagine` with the latents that it thinks.
 """
 
 from latent_jax.config import default

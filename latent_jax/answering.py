@@ -1,10 +1,12 @@
 """Who answers an evaluation, which of its questions cannot be answered, and what ends it early."""
 
 import concurrent.futures
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from latent_jax.benchmarks import settings
 from latent_jax.benchmarks.rows import Item, Row, check_text
 from latent_jax.errors import UserError, one_line
 
@@ -62,13 +64,44 @@ def check_unchanged(path: str, before: dict[str, tuple] | None) -> None:
     )
 
 
-def check_head(config) -> None:
-    """Raises UserError where latents are asked of a model that has no head for them.
+def settled(config, directory: Path, stock: bool):
+    """(the config with `evaluate.imagine` decided where it is left open, lines worth saying).
 
-    Before anything is loaded or downloaded, wherever that can be known; `load_ours` looks again.
+    As the evaluation in `directory` was begun, else as the checkpoint's method was made; False for a `stock` model of
+    another library. Raises UserError where latents are asked of a model that has none: before anything is loaded, and
+    before anything is downloaded wherever that can be known; `load_ours` looks again.
     """
-    if config.evaluate.imagine and has_head(config.model.path) is False:
-        raise no_head(config.model.path or "tiny_vl")
+    from latent_jax import config as schema
+    from latent_jax.workdir import CONFIG
+
+    path, imagine, notes = config.model.path, config.evaluate.imagine, []
+    if imagine is None and (directory / CONFIG).exists():
+        imagine = getattr(getattr(schema.read(directory / CONFIG)[0], "evaluate", None), "imagine", None)
+    if stock or imagine is False:
+        imagine = bool(imagine)
+    elif imagine:
+        if thinking(path) == "":
+            raise no_head(path or "tiny_vl")
+    else:
+        imagine, notes = _as_made(path)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, imagine=imagine))
+    settings.check(config)
+    return config, notes
+
+
+def _as_made(path: str) -> tuple[bool, list[str]]:
+    """Whether the model's method was made to answer over latents, and what to say of one that only can."""
+    from latent_jax import methods
+    from latent_jax.models import hf_io
+
+    # A hub's model with a head: its settings tell, and it is downloaded anyway.
+    name = thinking(path) if thinking(path) is not None else thinking(str(hf_io.resolve(path)))
+    if not name or methods.find(name).think.answers:
+        return bool(name), []
+    return False, [
+        f"no latents are asked for: the method {name} was not made to answer over them; "
+        "--config.evaluate.imagine=true asks"
+    ]
 
 
 def no_head(model: str) -> UserError:
@@ -77,20 +110,27 @@ def no_head(model: str) -> UserError:
     )
 
 
-def has_head(path: str) -> bool | None:
-    """Has the model of `config.model.path` a latent head? None where only loading it can tell."""
+def thinking(path: str) -> str | None:
+    """The method that thinks in the model of `config.model.path`, "" where none does, None where only loading tells."""
     from latent_jax import config as schema
+    from latent_jax import exported, methods
     from latent_jax.assets import TINY_VL
     from latent_jax.models import hf_io
+    from latent_jax.runtime.files import read_json
     from latent_jax.workdir import CONFIG, is_workdir, named_step
 
     workdir, step = named_step(path) if path else (path, None)
-    if path and (step is not None or is_workdir(path)):
-        return hasattr(schema.read(Path(workdir) / CONFIG)[0], "latent")
     folder = Path(path or TINY_VL)
-    if folder.is_dir():
-        return (folder / hf_io.LATENT_WEIGHTS).is_file()
-    return _on_hub(path, hf_io.LATENT_WEIGHTS)
+    if path and (step is not None or is_workdir(path)):
+        name = schema.read(Path(workdir) / CONFIG)[0].method
+    elif folder.is_dir():
+        file = folder / hf_io.LATENT_CONFIG
+        if not file.is_file() and not (folder / hf_io.LATENT_WEIGHTS).is_file():
+            return ""
+        name = exported.settings(read_json(file), str(file)).method
+    else:
+        return "" if _on_hub(path, hf_io.LATENT_CONFIG) is False else None
+    return name if methods.find(name).think else ""
 
 
 def _on_hub(model: str, file: str) -> bool | None:
@@ -158,24 +198,24 @@ def most_tokens(benchmark, scorer: str) -> int:
     return limits[scorer] if isinstance(limits, dict) else limits
 
 
-def each(batch: Sequence[Item], beside: Sequence[Item], send: Callable, protocol) -> list[Row]:
+def each(batch: Sequence[Item], send: Callable, protocol) -> list[Row]:
     """Judged rows of a batch. A question that cannot be sent is a skipped row and no other question's trouble.
 
-    beside: items that are sent too and not judged. send: items -> their replies.
+    send: items -> their replies.
     """
     texts = {item.id: _unsendable(item, protocol) for item in batch}
     good = [item for item in batch if not texts[item.id]]
     rows = {item.id: protocol.skip(item, why) for item in batch if (why := texts[item.id])}
-    rows |= _asked(good, beside, send, protocol)
+    rows |= _asked(good, send, protocol)
     return [rows[item.id] for item in batch]
 
 
-def _asked(items: Sequence[Item], beside: Sequence[Item], send: Callable, protocol) -> dict[str, Row]:
+def _asked(items: Sequence[Item], send: Callable, protocol) -> dict[str, Row]:
     """Where a batch fails, each half is asked: what fails alone is the question's fault."""
     if not items:
         return {}
     try:
-        replies = send([*items, *beside])
+        replies = send(items)
     except (MemoryError, RuntimeError):
         raise  # the device's, not a question's
     except Exception as problem:
@@ -184,10 +224,10 @@ def _asked(items: Sequence[Item], beside: Sequence[Item], send: Callable, protoc
         if len(items) == 1:
             return {items[0].id: protocol.skip(items[0], one_line(problem)[:300] or type(problem).__name__)}
         half = len(items) // 2
-        return _asked(items[:half], beside, send, protocol) | _asked(items[half:], beside, send, protocol)
-    if len(replies) != len(items) + len(beside):
-        raise ValueError(f"{len(replies)} replies to {len(items) + len(beside)} conversations")
-    return {item.id: protocol.judge(item, reply) for item, reply in zip(items, replies, strict=False)}
+        return _asked(items[:half], send, protocol) | _asked(items[half:], send, protocol)
+    if len(replies) != len(items):
+        raise ValueError(f"{len(replies)} replies to {len(items)} conversations")
+    return {item.id: protocol.judge(item, reply) for item, reply in zip(items, replies, strict=True)}
 
 
 def _unsendable(item: Item, protocol) -> str:

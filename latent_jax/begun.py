@@ -13,6 +13,9 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import provenance
 from latent_jax.workdir import CONFIG
 
+# How interventions replace latents (analysis/interventions.py): 1 in the head's space, within a batch; 2 as inputs, by
+# question.
+REPLACED = 2
 # The longest replies of the versions that did not keep them, where they are others today.
 _EARLIER_TOKENS = {"blink": 64, "scienceqa": 16, "vsp": 128}
 
@@ -31,15 +34,11 @@ def read(config, directory: Path) -> tuple[dict | None, list[str]]:
     if not isinstance(backend, dict) or not {"min_pixels", "max_pixels"} <= backend.keys():
         raise UserError(f"{file}: 'measured' has no 'backend' with its pixel limits; was it changed by hand?")
     latents = config.evaluate.latents
-    for name, depend, before, now in (
-        ("seed", latents == "noise", old.seed, config.seed),
-        ("evaluate.batch_size", latents == "shuffled", old.evaluate.batch_size, config.evaluate.batch_size),
-    ):
-        if depend and before != now:
-            raise UserError(
-                f"this workdir was begun with another config: config.{name} ({before!r} -> {now!r}), on which replies "
-                f"to {latents} latents depend; use the old value or a new --workdir"
-            )
+    if latents in ("noise", "permuted") and old.seed != config.seed:
+        raise UserError(
+            f"this workdir was begun with another config: config.seed ({old.seed!r} -> {config.seed!r}), on which "
+            f"replies to {latents} latents depend; use the old value or a new --workdir"
+        )
     return kept, [*notes, *provenance.changes(schema.read_all(file))]
 
 
@@ -64,6 +63,11 @@ def check(config, directory: Path, kept: Mapping | None, now: Mapping, done: int
             f"{directory}: was begun with replies of at most {tokens} tokens, now it is {now['max_new_tokens']}; use a "
             "new --workdir"
         )
+    if asks and config.evaluate.latents != "own" and kept.get("replaced") != REPLACED:
+        raise UserError(
+            f"{directory}: was begun by a version that put other {config.evaluate.latents} latents in the place of a "
+            "model's own; use a new --workdir"
+        )
     if asks and kept.get("data") not in (None, now["data"]):
         raise UserError(
             f"{directory}: was begun with other records of {config.benchmark} at config.data.path="
@@ -79,4 +83,5 @@ def write(config, directory: Path, settings: Mapping, kept: Mapping | None, now:
                 f"{directory}: was begun with {key} = {value!r}, now it is {settings.get(key)!r}; use a new --workdir"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    schema.write(config, directory / CONFIG, {"backend": dict(settings), **now})
+    replaced = {"replaced": REPLACED} if config.evaluate.latents != "own" else {}
+    schema.write(config, directory / CONFIG, {"backend": dict(settings), **now, **replaced})

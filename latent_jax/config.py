@@ -2,22 +2,20 @@
 
 Every run is described by one frozen, hashable `Config`. Config files build it with `default` and plain assignments on a
 `ml_collections.ConfigDict`; `override` applies the command line's `--config.a.b=value`; `resolve` checks everything and
-freezes it. `Config` is a training run's (settings.py), to which a method adds sections with its module's `SECTIONS`; an
+freezes it. `Config` is a training run's (settings.py), to which a method adds the sections that it declares; an
 evaluation has one of its own (benchmarks/settings.py).
 """
 
 import dataclasses
 import functools
-import importlib
 import json
-import pkgutil
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_collections
 
-from latent_jax import fields, settings
+from latent_jax import fields, methods, settings
 from latent_jax.benchmarks import settings as evaluation
 from latent_jax.benchmarks.settings import Evaluation
 from latent_jax.errors import UserError
@@ -28,32 +26,16 @@ _NAMED = 5  # settings that a line names, of those that differ
 RESERVED = ("versions", "git_commit", "measured", "checksum")
 
 
-def methods() -> list[str]:
-    """The training methods: the modules of latent_jax/methods that declare `SECTIONS`."""
-    from latent_jax import methods as package
-
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "SECTIONS")]
-
-
 @functools.cache
 def schema(method: str) -> type[Config]:
-    """The config class of a method: the common fields and the sections that its module declares.
+    """The config class of a method: the common fields and the sections that it declares.
 
     Raises UserError for a method that does not exist.
     """
-    name = f"latent_jax.methods.{method}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as missing:
-        if missing.name != name:
-            raise
-        module = None
-    if not hasattr(module, "SECTIONS"):
-        raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods())}")
-    if taken := {*RESERVED, *Config.__dataclass_fields__} & set(module.SECTIONS):
-        raise ValueError(f"{name}.SECTIONS: {sorted(taken)} is taken by the common config")
-    sections = [(key, kind, dataclasses.field(default=kind())) for key, kind in module.SECTIONS.items()]
+    declared = methods.find(method).sections
+    if taken := {*RESERVED, *Config.__dataclass_fields__} & set(declared):
+        raise ValueError(f"method {method!r}: sections {sorted(taken)} are taken by the common config")
+    sections = [(key, kind, dataclasses.field(default=kind())) for key, kind in declared.items()]
     return dataclasses.make_dataclass("Config", sections, bases=(Config,), frozen=True)
 
 
@@ -223,7 +205,7 @@ def _schema(config: Mapping | ml_collections.ConfigDict) -> type:
 def _method(config: Mapping | ml_collections.ConfigDict) -> str:
     method = config.get("method", Config.method)
     if not isinstance(method, str):
-        raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods())}")
+        raise UserError(f"config.method: got {method!r}, expected one of {', '.join(methods.names())}")
     return method
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from latent_jax import config as schema
+from latent_jax import exported, methods
 from latent_jax.command import Parser, command, say_line
 from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
@@ -105,7 +106,8 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
     done, step = read_finished(workdir), run.newest() if step is None else step
     limits, notes = pixel_limits(run)
     vlm, head = split(run.arrays(step))
-    latent = (head, run.latent()) if head else None
+    head = exported.head(methods.find(run.config.method), head)
+    latent = exported.beside(run.config, head)
     found = numbers(done["report"]) if done.get("step") == step else {}
     words = ["python", "-m", "latent_jax.convert", f"--checkpoint={workdir}", f"--step={step}", f"--output={output}"]
     words += [f"--dtype={dtype}"] if dtype else []

@@ -8,7 +8,6 @@ training skips it.
 import dataclasses
 import hashlib
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from latent_jax.data.chat import Codec
 from latent_jax.data.latent_cache import Cached, LatentCache
 from latent_jax.data.layout import Example
 from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
@@ -40,7 +40,7 @@ class Encoder:
     """Everything that latents depend on, and the mesh that computes them."""
 
     config: object
-    method: types.ModuleType
+    method: Method
     codec: Codec
     model_config: ModelConfig
     origin: Path
@@ -52,7 +52,7 @@ class Encoder:
         A source's cache lies in DIR/NAME-SPLIT; what is missing of it is made first. Raises UserError where the method
         has no latent targets, or where a cache was made from something else.
         """
-        if not hasattr(self.method, "CACHED"):
+        if not self.method.targets:
             raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
         names = [name for name, _ in mixture(self.config.data.name)]
         caches = [self.open(name, len(source)) for name, (source, _) in zip(names, data, strict=True)]
@@ -66,16 +66,16 @@ class Encoder:
         They are kept in the dtype that the encoder computes in: pooled in fp32, then, for bfloat16, rounded once (which
         changes nothing where a cell of the grid is a single merged token).
         """
-        data, latent = self.config.data, self.config.latent
+        data, targets = self.config.data, self.method.targets
         made_from = {
             "dataset": name,
             "split": data.split,
             "encoder": _checksum(self.origin),
             "vision": dataclasses.asdict(self.model_config.vision),
             "preprocessing": dataclasses.asdict(self.codec.image),
-            "latent": {key: getattr(latent, key) for key in self.method.CACHED},
+            "latent": targets.made_from(self.config),
         }
-        shape = latent.grid**2, self.method.target_size(self.model_config, latent.space)
+        shape = targets.shape(self.model_config, self.config)
         dtype = compute_dtype(self.config, self.mesh).name
         return LatentCache.open(Path(data.latent_cache) / f"{name}-{data.split}", made_from, records, shape, dtype)
 
@@ -138,7 +138,7 @@ class Encoder:
         @jax.jit
         def run(arrays, batch):
             first = {key: value[0] for key, value in batch.items()}
-            return self.method.cache_targets(structure.build(arrays), self.model_config, first, config)
+            return self.method.targets.encode(structure.build(arrays), self.model_config, first, config)
 
         place = sharding.batch_sharding(self.mesh)
         return lambda batch: run(arrays, jax.device_put(batch, place))
@@ -191,7 +191,7 @@ class Encoder:
                 yield from pool.map(one, indices[at : at + ahead])
 
     def _layout(self, record: dict, index: int):
-        return self.method.cache_layout(record, self.config)
+        return self.method.targets.layout(record, self.config)
 
 
 def _checksum(directory: Path) -> str:

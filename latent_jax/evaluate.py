@@ -31,12 +31,12 @@ class Backend:
 
     answer: (conversations in HF chat format, most new tokens) -> the replies in their order, special tokens skipped,
       greedily decoded. settings: JSON-able, what a results file says about it; must hold `min_pixels`, `max_pixels`.
-    imagined: conversations -> {name: number} of the latents that are predicted in them, where it predicts any.
+    vlm: the facade, where it is ours: what interventions on latents ask.
     """
 
     answer: Callable[[Sequence[list[dict]], int], list[str]]
     settings: dict[str, Any]
-    imagined: Callable[[Sequence[list[dict]]], dict[str, float]] | None = None
+    vlm: Any = None
 
 
 def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] | None" = None) -> dict:
@@ -45,13 +45,12 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
     Resumes what lies there: no question is asked or scored twice. open_backend: config -> Backend; None = ours.
     Returns what results.json holds. Raises UserError for bad input.
     """
-    if open_backend is None:
-        answering.check_head(config)
+    config, settled = answering.settled(config, Path(directory), open_backend is not None)
     with lock.only_writer(directory):
-        return _run(config, Path(directory), open_backend)
+        return _run(config, Path(directory), open_backend, settled)
 
 
-def _run(config, directory: Path, open_backend) -> dict:
+def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
     benchmark = importlib.import_module(f"latent_jax.benchmarks.{config.benchmark}")
     protocol = Protocol(benchmark, config.evaluate.scorer, config.evaluate.prompt)
 
@@ -59,7 +58,7 @@ def _run(config, directory: Path, open_backend) -> dict:
     data = open_data(config, benchmark)
     items, skipped = read_items(data, benchmark, config)
     extras = read_choices(config, benchmark, items)
-    items = items[: config.evaluate.examples or None]
+    everything, items = items, items[: config.evaluate.examples or None]
     kept, told = begun.read(config, directory)
     rows = predictions.resume(directory / PREDICTIONS, items, protocol)
     left = [item for item in items if item.id not in rows]
@@ -74,7 +73,11 @@ def _run(config, directory: Path, open_backend) -> dict:
         Progress(len(items), len(rows), config.log.progress, unit="question") as progress,
         preemption.watch("stopping after this batch") as stopped,
     ):
-        for note in [*notes(config, benchmark, data, items, skipped, len(rows)), *said, *(told if left else [])]:
+        for note in [
+            *notes(config, benchmark, data, items, skipped, len(rows)),
+            *said,
+            *([*settled, *told] if left else []),
+        ]:
             progress.say(note)
 
         # -------------------------------------------------------- asked of what
@@ -87,8 +90,14 @@ def _run(config, directory: Path, open_backend) -> dict:
         # -------------------------------------------------------- what it replied
         started = time.monotonic()
         if left:
+            show = functools.partial(
+                conversations, source=data.source, protocol=protocol, imagine=config.evaluate.imagine
+            )
+            send = lambda items: backend.answer(show(items), tokens)  # noqa: E731
+            if config.evaluate.latents != "own":
+                send = _interventions().sender(config, backend.vlm, everything, show, tokens)
             with predictions.Writer(directory / PREDICTIONS, protocol) as writer:
-                for batch in ask(left, items[:2], data.source, protocol, backend, config.evaluate, tokens):
+                for batch in ask(left, send, protocol, config.evaluate.batch_size):
                     answering.too_many(config, where, [*rows.values(), *batch], len(skipped), len(items) + len(skipped))
                     writer.write(batch)
                     rows |= {row.item.id: row for row in batch}
@@ -123,10 +132,10 @@ def _run(config, directory: Path, open_backend) -> dict:
     if line := predictions.strange(found, scored):
         progress.say(line)
     if config.evaluate.interventions:
-        interventions = importlib.import_module("latent_jax.analysis.interventions")
-        backend = (open_backend or load_ours)(config)
-        shown = conversations(items[: interventions.SAMPLE], data.source, protocol, True)
-        interventions.run(config, directory, backend.imagined(shown), functools.partial(run, open_backend=open_backend))
+        vlm, interventions = (open_backend or load_ours)(config).vlm, _interventions()
+        shown = conversations(interventions.spread(items), data.source, protocol, True)
+        latents = interventions.geometry(vlm, shown)
+        interventions.run(config, directory, latents, functools.partial(run, open_backend=open_backend))
     return found
 
 
@@ -233,7 +242,7 @@ def notes(config, benchmark, data: Asked, items, skipped, done: int) -> Iterator
 def load_ours(config) -> Backend:
     """The model of `config.model.path` behind the facade, with the config's pixel limits."""
     vlm = _load(config.model.path, None if config.model.dtype == "auto" else config.model.dtype)
-    if config.evaluate.imagine and vlm.model.head is None:
+    if config.evaluate.imagine and not vlm.thinks:
         raise answering.no_head(vlm.name)
     limits = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config.data, key))}
     codec = dataclasses.replace(vlm.codec, image=dataclasses.replace(vlm.codec.image, **limits))
@@ -246,14 +255,9 @@ def load_ours(config) -> Backend:
     }
 
     def answer(conversations, tokens):
-        return vlm.generate(conversations, tokens, latents=config.evaluate.latents, seed=config.seed)
+        return vlm.generate(conversations, tokens, seed=config.seed)
 
-    def imagined(conversations):
-        from latent_jax.analysis import interventions
-
-        return interventions.geometry(vlm, conversations)
-
-    return Backend(answer, settings, imagined)
+    return Backend(answer, settings, vlm)
 
 
 @functools.lru_cache(maxsize=1)
@@ -270,15 +274,16 @@ def _load(path: str, dtype: str | None):
     return latent_jax.load(path, dtype=dtype)
 
 
-def ask(items: Sequence[Item], spare: Sequence[Item], source, protocol: Protocol, backend: Backend, settings, tokens):
-    """Batches of judged rows, in order. `spare` holds two of all items, one to stand beside an item that is alone where
-    latents are shuffled."""
+def _interventions():
+    """Only where they are asked for: they need numpy's and the geometry's modules, which no backend does."""
+    return importlib.import_module("latent_jax.analysis.interventions")
+
+
+def ask(items: Sequence[Item], send: Callable, protocol: Protocol, batch_size: int):
+    """Batches of judged rows, in order. send: items -> their replies."""
     remaining = iter(items)
-    while batch := list(itertools.islice(remaining, settings.batch_size)):
-        beside = [item for item in spare if item != batch[0]][:1] if settings.latents == "shuffled" else []
-        beside = beside if len(batch) == 1 else []
-        send = lambda items: backend.answer(conversations(items, source, protocol, settings.imagine), tokens)  # noqa: E731
-        yield answering.each(batch, beside, send, protocol)
+    while batch := list(itertools.islice(remaining, batch_size)):
+        yield answering.each(batch, send, protocol)
 
 
 def conversations(items: Sequence[Item], source, protocol: Protocol, imagine: bool) -> list[list[dict]]:

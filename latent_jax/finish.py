@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 
-from latent_jax import workdir
+from latent_jax import exported, validation, workdir
 from latent_jax.data.chat import Codec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, lora, sums
 from latent_jax.models.heads import LatentVLM
-from latent_jax.runtime import files, hosts, preemption
+from latent_jax.runtime import files, hosts, metrics, preemption
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
@@ -31,14 +31,20 @@ def finish(
         for note in export(setup, state, directory):
             progress.say(note)
         progress.say(f"HF checkpoint: {directory / 'hf'}")
-    report = {}
-    if getattr(setup.method, "REPORT", ""):
+    found, report = {}, {}
+    if setup.config.evaluate.every and hosts.primary():
+        found = validation.best(metrics.read(directory / "metrics.jsonl"))
+    if found:
+        step, loss = found.values()
+        progress.say(f"validation loss lowest at step {step}: {loss:.4g}; the export is of step {int(state.step)}")
+    if setup.method.report:
         asked.at_once("the report on held-out data")
-        reporter = importlib.import_module(setup.method.REPORT)
+        reporter = importlib.import_module(setup.method.report)
         if (model := local_model(setup, state)) is not None:
             report = reporter.run(model, setup.config, codec, directory, progress.say)
             if report and setup.config.checkpoint.export:
                 hf_export.write_card(directory / "hf", card_text(setup, int(state.step), report, directory))
+    report = report | found
     if hosts.primary():
         done = {"step": int(state.step), "settings": _last_settings(setup.config), "report": report}
         done |= {"command": _command()}
@@ -72,7 +78,9 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
 
 def _last_settings(config) -> dict:
     """The settings that what follows the last step depends on, beside those that a resumed run cannot change."""
-    return {"export": config.checkpoint.export, **dataclasses.asdict(config.evaluate)}
+    asked = dataclasses.asdict(config.evaluate)
+    del asked["every"]  # while training
+    return {"export": config.checkpoint.export, **asked}
 
 
 def local_model(setup: Setup, state: TrainState) -> LatentVLM | None:
@@ -94,13 +102,13 @@ def export(setup: Setup, state: TrainState, directory: Path) -> list[str]:
     model = setup.config.model
     arrays = lora.merge({**state.trainable, **state.frozen}, model.lora_rank, model.lora_alpha)
     vlm, head = workdir.split(arrays)
-    latent = getattr(setup.config, "latent", None)
+    head = exported.head(setup.method, head)  # gathered on every host: all take part in that
     return hf_export.save(
         directory / "hf",
         vlm,
         setup.model_config,
         source=directory / workdir.ORIGIN,
-        latent=({p: hf_export.gather(a) for p, a in head.items()}, dataclasses.asdict(latent)) if head else None,
+        latent=exported.beside(setup.config, {p: hf_export.gather(a) for p, a in head.items()}),
         card=card_text(setup, int(state.step), {}, directory),
     )
 
@@ -133,8 +141,9 @@ def look_ahead(config, method, directory: Path) -> list[str]:
     """
     if config.checkpoint.export and hosts.primary():
         hf_export.check_replaceable(directory / "hf")
-    _check_files(directory, (FINISHED, *getattr(method, "REPORT_FILES", ())))
-    if not getattr(method, "REPORT", ""):
+    reporter = importlib.import_module(method.report) if method.report else None
+    _check_files(directory, (FINISHED, *(reporter.FILES if reporter else ())))
+    if reporter is None:
         return []
-    missing = importlib.import_module(method.REPORT).lacking(config)
+    missing = reporter.lacking(config)
     return [f"no report on held-out data: {missing}"] if missing else []

@@ -9,20 +9,21 @@ import math
 import numbers
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt32
 
 from latent_jax.command import Parser, command
 from latent_jax.data.layout import Example
 from latent_jax.data.rows import Rows, bucket, given_features, packed
 from latent_jax.data.rows import one_per_row as one_per_row
 from latent_jax.errors import UserError
+from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl import cached
 from latent_jax.models.qwen2_5_vl.cached import Memory
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -76,7 +77,8 @@ def check_sampling(temperature: float, top_p: float, seed: int) -> None:
 
 
 @jax.jit
-def _keys(seed: UInt32[Array, ""], marks: UInt32[Array, "R 2"]) -> Key[Array, " R"]:
+def keys(seed: UInt32[Array, ""], marks: UInt32[Array, "R 2"]) -> Key[Array, " R"]:
+    """A key for every prompt, of the seed and of its own marks."""
     key = jax.random.key(seed)
     return jax.vmap(lambda mark: jax.random.fold_in(jax.random.fold_in(key, mark[0]), mark[1]))(marks)
 
@@ -101,10 +103,28 @@ class Written(NamedTuple):
     recent: list[Memory] | Memory
 
 
+def divide(models: Sequence[LatentVLM], count: int, run: Callable[[LatentVLM, np.ndarray], list]) -> list:
+    """What `run` gives for `count` prompts, shared among copies of a model, each on its own device.
+
+    run: (a copy, numbers of its prompts, ascending) -> what it gives for each of them. In threads: a CPU device
+    computes in the thread that calls it.
+    """
+    models = models[:count]
+    if len(models) == 1:
+        return run(models[0], np.arange(count))
+    # Shuffled: prompts with long answers often stand side by side, or at every so many-th place.
+    order = np.random.default_rng(0).permutation(count)
+    shares = [np.sort(order[first :: len(models)]) for first in range(len(models))]
+    with ThreadPoolExecutor(len(models)) as pool:
+        found = pool.map(run, models, shares)
+        pairs = dict(pair for share, each in zip(shares, found) for pair in zip(share.tolist(), each, strict=True))
+    return [pairs[i] for i in range(count)]
+
+
 def answers(
-    models: Sequence[Qwen2_5_VL],
+    models: Sequence[LatentVLM],
     examples: Sequence[Example],
-    given: Float[Array, "X D"],
+    given: Float[Array | np.ndarray, "X D"],
     eos: Sequence[int],
     *,
     max_new_tokens: int,
@@ -119,34 +139,54 @@ def answers(
     Raises UserError for values out of range.
     """
     check_sampling(temperature, top_p, seed)
-    models, config = models[: len(examples)], models[0].config
+    config = models[0].vlm.config
     own, outside = marks(examples), np.asarray(given)
     ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
 
-    def answer(model: Qwen2_5_VL, share: np.ndarray) -> list[list[int]]:
+    def answer(model: LatentVLM, share: np.ndarray) -> list[list[int]]:
         rows, sampling = packed([examples[i] for i in share], config), None
         features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
         features = np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
         if temperature:
             chosen = np.pad(own[share], ((0, len(rows.lengths) - len(share)), (0, 0)))
             nucleus = np.float32(top_p) if top_p < 1 else None
-            sampling = Sampling(_keys(np.uint32(seed), chosen), np.float32(temperature), nucleus)
+            sampling = Sampling(keys(np.uint32(seed), chosen), np.float32(temperature), nucleus)
         return generate(model, rows, features, eos, max_new_tokens=max_new_tokens, sampling=sampling)
 
-    if len(models) == 1:
-        return answer(models[0], np.arange(len(examples)))
-    # Shuffled: prompts with long answers often stand side by side, or at every so many-th place. In threads: a CPU
-    # device computes in the thread that calls it.
-    order = np.random.default_rng(0).permutation(len(examples))
-    shares = [np.sort(order[first :: len(models)]) for first in range(len(models))]
-    with ThreadPoolExecutor(len(models)) as pool:
-        found = pool.map(answer, models, shares)
-        pairs = dict(pair for share, each in zip(shares, found) for pair in zip(share.tolist(), each, strict=True))
-    return [pairs[i] for i in range(len(examples))]
+    return divide(models, len(examples), answer)
+
+
+def scores(
+    models: Sequence[LatentVLM], examples: Sequence[Example], given: Float[Array | np.ndarray, "X D"]
+) -> list[Float32[np.ndarray, "_"]]:
+    """Log likelihoods of the tokens that carry loss in laid-out conversations, in order, teacher-forced; shared among
+    copies of the model. `given` as in `answers`."""
+    config, outside = models[0].vlm.config, np.asarray(given)
+    ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
+
+    def score(model: LatentVLM, share: np.ndarray) -> list[np.ndarray]:
+        rows = packed([examples[i] for i in share], config)
+        features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
+        features = np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
+        found = np.asarray(_likelihoods(model, rows.batch, features, image_patches=rows.image_patches)).reshape(-1)
+        spoken = rows.batch["loss_weights"].reshape(-1) > 0
+        own = [places[:length] for places, length in zip(rows.places, rows.lengths)]
+        return [found[places[spoken[places]]] for places in own[: len(share)]]
+
+    return divide(models, len(examples), score)
+
+
+@functools.partial(jax.jit, static_argnames="image_patches")
+def _likelihoods(model: LatentVLM, batch, given, *, image_patches: int) -> Float[Array, "1 B T"]:
+    """log p(targets[t] | what stands up to t), where the target is predicted; else anything."""
+    hidden, _ = model.vlm.decode(embed(model.vlm, batch, given, image_patches), batch)
+    # A row at a time: the logits of all of them would be the largest array of the program.
+    one = lambda row: jnp.take_along_axis(jax.nn.log_softmax(model.vlm.logits(row[0])), row[1][:, None], -1)[:, 0]  # noqa: E731
+    return jax.lax.map(one, (hidden[0], batch["targets"][0]))[None]
 
 
 def generate(
-    model: Qwen2_5_VL,
+    model: LatentVLM,
     rows: Rows,
     given: Float[Array | np.ndarray, "X D"],
     eos: Sequence[int],
@@ -183,7 +223,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="image_patches")
 def prefill(
-    model: Qwen2_5_VL,
+    model: LatentVLM,
     batch: dict[str, Array],
     given: Float[Array, "X D"],
     places: Int[Array, "R U"],
@@ -192,15 +232,16 @@ def prefill(
     image_patches: int,
 ) -> tuple[Float[Array, "R V"], list[Memory] | Memory, Bool[Array, "R U"]]:
     """(fp32 logits of each prompt's first new token, what the layers keep of the prompts, which of it answers see)."""
-    x = embed(model, batch, given, image_patches)
+    vlm = model.vlm
+    x = embed(vlm, batch, given, image_patches)
     rows = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
     masks = {name: batch[name][0] for name in ("hidden", "late") if name in batch}
-    hidden, memory = cached.prefill(model.text, x[0], *rows, places, lengths, **masks)
-    return model.logits(hidden), memory, cached.seen(places, lengths, **masks)
+    hidden, memory = cached.prefill(vlm.text, x[0], *rows, places, lengths, **masks)
+    return vlm.logits(hidden), memory, cached.seen(places, lengths, **masks)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def begin(model: Qwen2_5_VL, logits: Float[Array, "R V"], context: Context, eos: Int[Array, " Z"], *, capacity: int):
+def begin(model: LatentVLM, logits: Float[Array, "R V"], context: Context, eos: Int[Array, " Z"], *, capacity: int):
     """Every row's first token, with room for `capacity` of them."""
     R = len(context.seen)
     token = _choose(logits, context.sampling, 0)
@@ -210,14 +251,14 @@ def begin(model: Qwen2_5_VL, logits: Float[Array, "R V"], context: Context, eos:
         jnp.zeros((R, capacity), jnp.int32),
         jnp.zeros(R, jnp.int32),
         ~context.seen.any(axis=1),
-        cached.empty(model.text, R, capacity),
+        cached.empty(model.vlm.text, R, capacity),
     )
     return _note(empty, token, eos)
 
 
 @functools.partial(jax.jit, donate_argnames="written")
 def decode(
-    model: Qwen2_5_VL,
+    model: LatentVLM,
     context: Context,
     written: Written,
     eos: Int[Array, " Z"],
@@ -228,7 +269,8 @@ def decode(
 
     Every row has its own length, position, key and end, so a row's tokens do not depend on its neighbours.
     """
-    layers, table = cached.layers_of(model.text), model.text.embed[...]
+    text = model.vlm.text
+    layers, table = cached.layers_of(text), text.embed[...]
 
     def going(written: Written):
         return (written.n + 1 < limit) & ((~written.done).sum() > few)
@@ -236,7 +278,7 @@ def decode(
     def turn(written: Written):
         n, token = written.n, written.token
         hidden, recent = cached.step(
-            model.text,
+            text,
             layers,
             table[token],
             context.next_positions + n,
@@ -245,7 +287,7 @@ def decode(
             written.recent,
             n,
         )
-        token = _choose(model.logits(hidden), context.sampling, n + 1)
+        token = _choose(model.vlm.logits(hidden), context.sampling, n + 1)
         return _note(written._replace(n=n + 1, token=token, recent=recent), token, eos)
 
     return jax.lax.while_loop(going, turn, written)
@@ -285,7 +327,7 @@ def embed(model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"]
     if batch["patches"].shape[1]:
         merged, _, _ = model.encode(batch, image_patches=image_patches)
         features = jnp.concatenate([merged, features.astype(merged.dtype)], axis=1)
-    return model.embed(batch["tokens"], batch["feature_index"], features)
+    return model.embed(batch["tokens"], batch["feature_index"], features if features.shape[1] else None)
 
 
 @command

@@ -1,138 +1,152 @@
-"""What {"type": "imagine"} parts of a conversation stand for, at inference; and what may be put in their place.
+"""What {"type": "imagine"} parts of a conversation stand for, at inference.
 
-A part with "text" stands for the image that the text describes (latent pretraining's caption sequence). A part without
-stands for latents predicted from all that was said before it in the conversation (methods/imagine.py).
+The method that trained the model says what is thought over and what the answer sees (methods/contract.py, `Think`);
+whatever else may stand there instead comes as arrays (analysis/interventions.py).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
-from latent_jax import generate
-from latent_jax.benchmarks.settings import LATENTS
+from latent_jax import fields, generate, methods
 from latent_jax.data import rows
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Example
 from latent_jax.data.messages import check as check_messages
+from latent_jax.data.messages import imagine_parts, without_imagined
 from latent_jax.errors import UserError
-from latent_jax.methods import imagine, pretrain
-from latent_jax.models.heads import LatentHead, LatentVLM
-
-Messages = Sequence[dict[str, Any]]
+from latent_jax.methods.contract import Messages, Think
+from latent_jax.models.heads import LatentVLM
 
 
-class NoHead(UserError):
+class NoThought(UserError):
     """A conversation asks for latents that the model cannot predict."""
 
 
+class Thought(NamedTuple):
+    """What one imagine part stands for: latents (S, Z) in the space that they are predicted in, fp32, and the input
+    embeddings (M, D) that the answer sees."""
+
+    latents: np.ndarray
+    inputs: np.ndarray
+
+
+def think(
+    models: Sequence[LatentVLM],
+    codec: Codec,
+    settings,
+    conversations: Sequence[Messages],
+    *,
+    variant: str = "",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[Thought]]:
+    """For every conversation what its imagine parts stand for, in their order; shared among copies of the model.
+
+    settings: the config of the method that trained the model, or None. variant: one of its `Think.variants`, "" the
+    first. A thought depends on its own conversation and the seed alone. Raises UserError for parts that mean nothing,
+    and NoThought where the model cannot imagine.
+    """
+    wanted = [asked(messages) for messages in conversations]
+    if not any(wanted):
+        return [[] for _ in conversations]
+    way = way_of(settings)
+    if variant not in ("", *way.variants):
+        raise UserError(f"variant: got {variant!r:.100}, expected one of {', '.join(way.variants)}")
+    shape = way.shape(settings)
+    for part in (part for parts in wanted for part in parts):
+        if part.get("grid") not in (None, shape, list(shape) if isinstance(shape, tuple) else shape):
+            raise UserError(f"an 'imagine' part's grid is {fields.shown(part['grid'])}, expected the model's {shape}")
+    layouts = [
+        layout
+        for messages, parts in zip(conversations, wanted, strict=True)
+        if parts
+        for layout in way.layouts(messages, settings, codec, variant or way.variants[0])
+    ]
+    examples = [codec.lay_out(layout) for layout in layouts]
+    marks = generate.marks(examples)
+
+    def run(model: LatentVLM, share: np.ndarray) -> list[Thought]:
+        laid = rows.packed([examples[i] for i in share], model.vlm.config)
+        config = with_images(settings, laid.image_patches)
+        keys = generate.keys(np.uint32(seed), np.pad(marks[share], ((0, len(laid.lengths) - len(share)), (0, 0))))
+        latents, inputs = _run(model, laid.batch, keys, np.float32(temperature), way=way, config=config)
+        found = zip(np.asarray(latents.astype(jnp.float32)), np.asarray(inputs), strict=True)
+        return [Thought(*each) for each, _ in zip(found, share, strict=False)]
+
+    thoughts = iter(generate.divide(models, len(examples), run))
+    return [[next(thoughts) for _ in parts] for parts in wanted]
+
+
+@functools.partial(jax.jit, static_argnames=("way", "config"))
+def _run(model, batch, keys, temperature, *, way: Think, config):
+    return way.run(model, batch, config, keys, temperature)
+
+
 class Prompts(NamedTuple):
-    """Conversations laid out, what their imagine parts stand for as inputs, and the predicted latents (X, S, Z), in the
-    order of the parts."""
+    """Conversations laid out for an answer, and the features (Y, D) of their given Slots, in order."""
 
     examples: list[Example]
-    given: Float[Array, "Y D"]
-    latents: Float[Array, "X S Z"] | None
+    given: np.ndarray
 
 
 def prompts(
-    model: LatentVLM,
     codec: Codec,
-    latent: pretrain.Latent | None,
+    settings,
+    hidden: int,
     conversations: Sequence[Messages],
-    mode: str = "own",
-    seed: int = 0,
+    inputs: Sequence[Sequence[np.ndarray]],
+    answers: Sequence[str] | None = None,
 ) -> Prompts:
-    """Lays conversations out for an answer. `mode`: what stands where latents were predicted, see `replaced`; `none`
-    leaves the parts out. Raises UserError for parts that mean nothing, or a mode that does not exist."""
-    if not isinstance(mode, str) or mode not in LATENTS:
-        raise UserError(f"latents: got {mode!r:.100}, expected one of {', '.join(LATENTS)}")
-    for messages in conversations:
-        check_messages(messages)
-    parts_of = [asked(messages) for messages in conversations]
-    if mode == "none" or not any(parts_of):
-        shown = [codec.render(without(messages), add_generation_prompt=True) for messages in conversations]
-        nothing = jnp.zeros((1, model.vlm.config.text.hidden_size))
-        return Prompts([codec.lay_out(layout) for layout in shown], nothing, None)
-    if model.head is None or latent is None:
-        raise NoHead("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
-    grid = pretrain.imagined_grid(latent)
-    for part in (part for parts in parts_of for part in parts):
-        if part.get("grid") not in (None, grid, list(grid)):
-            raise UserError(f"an 'imagine' part's grid is {part['grid']!r:.80}, expected the model's {grid}")
-    shown = [codec.render(messages, add_generation_prompt=True, imagined_grid=grid) for messages in conversations]
-    texts = [part["text"] for parts in parts_of for part in parts if "text" in part]
-    silent = [i for i, parts in enumerate(parts_of) if any("text" not in part for part in parts)]
-    captions = [codec.lay_out(pretrain.imagine_layout(text, latent)) for text in texts]
-    described = iter(from_texts(model, captions, latent) if texts else ())
-    firsts = [codec.lay_out(imagine.with_slots(shown[i])) for i in silent]
-    contextual = iter(from_context(model, firsts) if firsts else ())
-    latents = [next(described if "text" in part else contextual) for parts in parts_of for part in parts]
-    stacked = jnp.stack(latents)
-    inputs = pretrain.as_inputs(model.vlm, replaced(stacked, mode, model.head, seed), latent)
-    return Prompts([codec.lay_out(layout) for layout in shown], jnp.concatenate(inputs), stacked)
+    """Lays conversations out for an answer.
+
+    inputs: for every conversation what stands in the place of its imagine parts, (M, D) each; () leaves them out.
+    hidden: D. answers: given answers, which end the sequences and carry loss. Raises UserError where an array does not
+    fit its place.
+    """
+    if len(inputs) != len(conversations):
+        raise UserError(f"thoughts: got those of {len(inputs)} conversations, expected {len(conversations)}")
+    shape = way_of(settings).shape(settings) if any(map(len, inputs)) else None
+    examples, given = [], [np.zeros((0, hidden), np.float32)]
+    for number, (messages, own) in enumerate(zip(conversations, inputs, strict=True)):
+        parts = asked(messages)
+        if len(own) not in (0, len(parts)):
+            raise UserError(f"thoughts of conversation {number}: got {len(own)}, expected none or {len(parts)}")
+        said = list(messages) if own else without_imagined(messages)
+        if answers is not None:
+            said += [{"role": "assistant", "content": answers[number]}]
+        layout = codec.render(said, add_generation_prompt=answers is None, imagined_grid=shape)
+        examples.append(codec.lay_out(layout))
+        for array in own:
+            expected = (shape if isinstance(shape, int) else shape[0] * shape[1], hidden)
+            if np.shape(array) != expected or not np.isfinite(np.asarray(array, np.float32)).all():
+                raise UserError(
+                    f"thoughts of conversation {number}: an array of shape {np.shape(array)}, expected {expected} "
+                    "finite numbers"
+                )
+            given.append(np.asarray(array))
+    return Prompts(examples, np.concatenate(given, dtype=given[-1].dtype))
 
 
 def asked(messages: Messages) -> list[dict]:
-    """The imagine parts of a conversation: any number with text, or one without. Raises UserError for anything else."""
-    content = (message["content"] for message in messages if not isinstance(message["content"], str))
-    found = [part for parts in content for part in parts if part.get("type") == "imagine"]
-    texts = [part["text"] for part in found if "text" in part]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError("an 'imagine' part holds no text; expected a description, or no 'text' at all")
-    if len(found) > 1 and any("text" not in part for part in found):
-        raise UserError(
-            "an 'imagine' part without 'text' beside another; expected it to be its conversation's only one"
-        )
-    return found
+    """The imagine parts of a conversation, checked."""
+    check_messages(messages)
+    return imagine_parts(messages)
 
 
-def without(messages: Messages) -> list[dict]:
-    """The conversation with its imagine parts taken out."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [part for part in message["content"] if part.get("type") != "imagine"]}
-        for message in messages
-    ]
+def way_of(settings) -> Think:
+    """How the method of these settings thinks before an answer. Raises NoThought where it does not."""
+    way = settings and methods.find(settings.method).think
+    if way is None:
+        raise NoThought("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
+    return way
 
 
-def replaced(latents: Float[Array, "X S Z"], mode: str, head: LatentHead, seed: int) -> Float[Array, "X S Z"]:
-    """What stands in the place of X predicted latents, in the encoder's own space.
-
-    own: themselves. zero: zeros. mean: the dataset's mean. noise: draws with the dataset's mean and scale. shuffled:
-    each that of the one half a batch away (neighbours may ask about one image), which a batch of one lacks (UserError).
-    """
-    if mode == "zero":
-        return jnp.zeros_like(latents)
-    if mode == "mean":
-        return jnp.broadcast_to(head.mean[...], latents.shape)
-    if mode == "noise":
-        return head.restore(jax.random.normal(jax.random.key(seed), latents.shape))
-    if mode == "shuffled":
-        if len(latents) < 2:
-            raise UserError("latents: 'shuffled' with one imagine part in the batch; expected at least two")
-        return jnp.roll(latents, len(latents) // 2, axis=0)
-    return latents
-
-
-def from_texts(model: LatentVLM, examples: Sequence[Example], latent: pretrain.Latent) -> Float[Array, "X S Z"]:
-    """Latents of described images, fp32, in the encoder's space, from laid-out captions (pretrain.imagine_layout)."""
-    laid = rows.one_per_row(examples, model.vlm.config)
-    return _read(model, laid.batch, latent.readout, laid.image_patches)
-
-
-def from_context(model: LatentVLM, examples: Sequence[Example]) -> Float[Array, "X S Z"]:
-    """Latents at the slots of laid-out conversations, fp32, in the encoder's space."""
-    laid = rows.one_per_row(examples, model.vlm.config)
-    return _read(model, laid.batch, "slots", laid.image_patches)
-
-
-@functools.partial(jax.jit, static_argnames=("readout", "image_patches"))
-def _read(model: LatentVLM, batch: dict[str, Array], readout: str, image_patches: int) -> Float[Array, "X S Z"]:
-    x = generate.embed(model.vlm, batch, model.head.slots[...], image_patches)
-    hidden, _ = model.vlm.decode(x, batch)
-    return model.head.restore(model.head(pretrain.read(hidden, model.head, batch, readout)))[0]
+def with_images(settings, image_patches: int):
+    """Settings that tell the most patches of an image in a batch at hand: static, as all of a compiled program's."""
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, image_patches=image_patches))

@@ -1,12 +1,10 @@
 """AdamW with a schedule and clipping, over a flat dict of trainable arrays."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import optax
-
-UNDECAYED = ("norm", "norm1", "norm2", "attn_norm", "mlp_norm", "slots", "logit_scale")
 
 
 def schedule(train) -> optax.Schedule:
@@ -24,12 +22,6 @@ def schedule(train) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def decayed(path: str) -> bool:
-    """Weight decay is for matrices: no norms, biases, slot embeddings or scalars."""
-    name = path.rsplit(".", 1)[-1]
-    return not (name.endswith("bias") or name in UNDECAYED)
-
-
 def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
     """What is logged by step: the learning rate, and the head's where one is trained at a rate of its own."""
     found = {"learning_rate": schedule(train)}
@@ -38,8 +30,10 @@ def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
     return found
 
 
-def make(train, paths) -> optax.GradientTransformation:
+def make(train, paths: Iterable[str], decayed: Collection[str] = ()) -> optax.GradientTransformation:
     """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at a rate of its own.
+
+    decayed: those that weight decay is for (models/weights.py says which).
 
     One schedule serves both: its peak is the base rate, and the head's is a multiple of that. Where the base rate is 0,
     the peak is the head's, and everything else stays as it is.
@@ -54,7 +48,7 @@ def make(train, paths) -> optax.GradientTransformation:
     stages = [optax.clip_by_global_norm(train.clip)] if train.clip else []
     stages += [
         optax.scale_by_adam(train.beta1, train.beta2, train.epsilon),
-        optax.add_decayed_weights(train.weight_decay, {path: decayed(path) for path in paths}),
+        optax.add_decayed_weights(train.weight_decay, {path: path in decayed for path in head}),
         *scales,
         optax.scale_by_learning_rate(schedule(train)),
     ]

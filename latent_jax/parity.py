@@ -25,6 +25,7 @@ from latent_jax.data.scenes import render, world
 from latent_jax.errors import UserError
 from latent_jax.measure import timing
 from latent_jax.models import hf_io
+from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
@@ -215,7 +216,7 @@ def observe_ours(directory: Path, codec: Codec, dtype: str, max_new_tokens: int)
             rows = generate.one_per_row([codec.lay_out(codec.render(messages, True))], config)
             given = jnp.zeros((1, config.text.hidden_size))
             layers = _named(config, _activations(model, rows.batch, given, rows.image_patches), rows)
-            (tokens,) = generate.generate(model, rows, given, eos, max_new_tokens=max_new_tokens)
+            (tokens,) = generate.generate(LatentVLM(model, None), rows, given, eos, max_new_tokens=max_new_tokens)
             found[name] = Observed(layers, tokens)
     del model
     gc.collect()

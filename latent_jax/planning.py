@@ -5,7 +5,6 @@ Nothing but shapes: no weights, tokenizer, dataset or hub. The caller has prepar
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import re
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from latent_jax import methods
 from latent_jax.assets import TINY_VL
 from latent_jax.data import budgeting, packing
 from latent_jax.data.layout import Room
@@ -84,9 +84,7 @@ def plan(config, topology: topologies.Topology) -> Plan:
         "frozen": _size(state.frozen),
         "batch": _size(batch),
     }
-    ledger = flops.Ledger(
-        setup.model_config, config.model.trainable, topology.chip.kind, topology.devices, config.model.lora_rank > 0
-    )
+    ledger = setup.ledger(topology.chip.kind, topology.devices)
     about = dict(
         config=config, topology=topology, mesh=dict(setup.mesh.shape), budgets=budgets, work=work,
         attention=setup.attention,
@@ -116,7 +114,7 @@ def plan(config, topology: topologies.Topology) -> Plan:
 
 def prepare(config, devices: list) -> tuple[Setup, packing.Budgets, flops.Work]:
     """The run's setup on these devices, the shape of its batches, and the work that such a batch is."""
-    method = importlib.import_module(f"latent_jax.methods.{config.method}")
+    method = methods.find(config.method)
     model_config, stored, max_pixels = model_shape(config)
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp, devices)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)

@@ -1,6 +1,7 @@
 """What a training run can be told: the sections that every method's config has, and what no single field can know."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 from latent_jax import fields
@@ -148,8 +149,16 @@ class Hosts:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    examples: int = option(256, "records of pretraining's last report; 0 = the whole split", low=0, resumable=True)
-    split: str = option("validation", "held-out split that pretraining reports on at its end", resumable=True)
+    every: int = option(
+        0, "steps between losses on held-out data (validation/... in the metrics); 0 = none", low=0, resumable=True
+    )
+    examples: int = option(
+        256,
+        "held-out records of these losses and of pretraining's last report; 0 = the whole split",
+        low=0,
+        resumable=True,
+    )
+    split: str = option("validation", "held-out split of these losses and of that report", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +166,7 @@ class Log:
     every: int = option(1, "steps between lines of metrics.jsonl", low=1, resumable=True)
     tensorboard: bool = option(True, "write TensorBoard event files too", resumable=True)
     progress: bool = option(True, "show progress on standard error", resumable=True)
+    profile: str = option("", "FIRST:LAST: the steps whose trace is left in WORKDIR/profile", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +174,7 @@ class Config:
     """The fields that every training run has; `config.schema` adds the method's sections."""
 
     job: str = option("train", "what to do", choices=("train",))
-    method: str = option("pretrain", "a module of latent_jax/methods")
+    method: str = option("pretrain", "a module of latent_jax/methods, or one of your own: my_package.my_method")
     seed: int = option(0, "seed of weights, data order and noise", low=0, high=2**31 - 1)
     model: Model = Model()
     data: Data = Data()
@@ -200,6 +210,17 @@ def mixture(name: str) -> tuple[tuple[str, float], ...]:
     return tuple((dataset, weight / total) for dataset, weight in pairs)
 
 
+def profiled(text: str) -> range:
+    """'FIRST:LAST' of `log.profile` -> these steps, from 1; '' -> none. Raises UserError for anything else."""
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"config.log.profile: got {text!r:.100}, expected FIRST:LAST with 1 <= FIRST <= LAST, or ''")
+    return range(first, last + 1)
+
+
 def check(config: Config) -> None:
     """What no single field can know."""
     train, data, mesh, model = config.train, config.data, config.mesh, config.model
@@ -227,6 +248,7 @@ def check(config: Config) -> None:
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: got {sizes}, expected at most one -1 (all that is left)")
     check_hosts(config.hosts)
+    profiled(config.log.profile)
     shapes = sorted(path.stem for path in PRESETS.glob("*.json"))
     fields.check("config.model.preset", model.preset, str, {"choices": ["", *shapes]})
     if model.preset and not model.path and model.init == "checkpoint":

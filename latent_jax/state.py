@@ -14,16 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from latent_jax import optimizer
-from latent_jax.command import say_line
 from latent_jax.errors import UserError
-from latent_jax.methods import pretrain
-from latent_jax.models import hf_export, hf_io, lora
+from latent_jax.methods.contract import Method
+from latent_jax.models import hf_io, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
 from latent_jax.ops import attention, partition
-from latent_jax.runtime import sharding
+from latent_jax.runtime import flops, sharding
 
 Arrays = dict[str, jax.Array]
 
@@ -42,7 +41,7 @@ class Setup:
     """What one run trains: the model's structure, which paths learn, with which optimiser, and where arrays live."""
 
     config: object
-    method: types.ModuleType
+    method: Method
     model_config: ModelConfig
     structure: Structure
     mesh: Mesh
@@ -52,7 +51,18 @@ class Setup:
 
     @property
     def trainable(self) -> list[str]:
-        return [path for path in self.structure.variables if learns(path, self.structure, self.config.model)]
+        return [path for path in self.structure.variables if learns(path, self.structure, self.config, self.method)]
+
+    def ledger(self, device_kind: str, devices: int) -> flops.Ledger:
+        """Counts what a step computes, on so many devices of one kind."""
+        return flops.Ledger(
+            self.model_config,
+            device_kind,
+            devices,
+            passes=self.method.passes(self.config),
+            text=_learnt(self.trainable, "vlm.text."),
+            vision=_learnt(self.trainable, "vlm.vision."),
+        )
 
     def sharding(self, path: str) -> NamedSharding:
         return sharding.weight_sharding(self.structure.axes(path), self.structure.shape(path), self.mesh)
@@ -93,22 +103,32 @@ class Setup:
         return model
 
 
-def learns(path: str, structure: Structure, model) -> bool:
-    """Whether a path is trained, by the config's `model` section.
+def learns(path: str, structure: Structure, config, method: Method) -> bool:
+    """Whether a path is trained: as the method says, else by the config's `model` section.
 
     The method's own head always; of the language model its adapters where there are any, else all of it; the vision
-    tower if asked.
+    tower if asked. Statistics never.
     """
-    if not structure.trained(path) or path.startswith("head."):
-        return structure.trained(path)
-    if model.lora_rank:
+    if not structure.trained(path):
+        return False
+    if method.learns:
+        return method.learns(path, config)
+    if path.startswith("head."):
+        return True
+    if config.model.lora_rank:
         return lora.PART in path
-    return model.trainable == "all" or not path.startswith("vlm.vision.")
+    return config.model.trainable == "all" or not path.startswith("vlm.vision.")
 
 
-def make_setup(
-    config, method: types.ModuleType, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]
-) -> Setup:
+def _learnt(trainable: list[str], part: str) -> flops.Learnt:
+    """What learns of a part of the model."""
+    own = [path for path in trainable if path.startswith(part)]
+    if not own:
+        return "nothing"
+    return "adapters" if all(lora.PART in path for path in own) else "weights"
+
+
+def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]) -> Setup:
     """The run's setup. Trainable weights are fp32 masters; frozen ones keep the checkpoint's dtype (`dtypes` by path).
 
     Raises UserError where the mesh, the attention kernel or the adapters do not fit the model.
@@ -117,14 +137,15 @@ def make_setup(
     lora.check(config.model.lora_rank, model_config.text)
     structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
     for path, variable in list(structure.variables.items()):
-        if path in dtypes and not learns(path, structure, config.model):
+        if path in dtypes and not learns(path, structure, config, method):
             structure.variables[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, dtypes[path]))
-    paths = [path for path in structure.variables if learns(path, structure, config.model)]
+    paths = [path for path in structure.variables if learns(path, structure, config, method)]
+    transform = optimizer.make(config.train, paths, {path for path in paths if structure.decayed(path)})
     dtype = compute_dtype(config, mesh)
     # By the devices of the mesh, which may be absent ones, never by the machine that builds the program.
     platform = mesh.devices.flat[0].platform
     kernel = choose_attention(config.model.attention, platform, dtype, model_config)
-    return Setup(config, method, model_config, structure, mesh, optimizer.make(config.train, paths), dtype, kernel)
+    return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel)
 
 
 def compute_dtype(config, mesh: Mesh) -> np.dtype:
@@ -148,7 +169,7 @@ def choose_attention(wanted: str, platform: str, dtype: DTypeLike, model_config:
     return attention.Choice(wanted)
 
 
-def new_model(config, method: types.ModuleType, model_config: ModelConfig) -> LatentVLM:
+def new_model(config, method: Method, model_config: ModelConfig) -> LatentVLM:
     """The model with random weights, fp32, and its adapters where the config asks for them."""
     rngs = nnx.Rngs(config.seed)
     vlm = Qwen2_5_VL(model_config, rngs=rngs)
@@ -159,11 +180,10 @@ def new_model(config, method: types.ModuleType, model_config: ModelConfig) -> La
     return LatentVLM(vlm, head)
 
 
-def first_state(setup: Setup, directory: str | Path) -> TrainState:
+def first_state(setup: Setup, directory: str | Path, head: Arrays = types.MappingProxyType({})) -> TrainState:
     """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
 
-    A latent head that stands beside the checkpoint is taken up if it has this run's shape; otherwise it is an error,
-    since a silently re-initialised head would look like a trained one.
+    head: arrays that were saved beside the checkpoint (exported.saved_head), by path.
     """
     config, structure = setup.config, setup.structure
     abstract = setup.abstract()
@@ -174,7 +194,7 @@ def first_state(setup: Setup, directory: str | Path) -> TrainState:
         place = {p.removeprefix("vlm."): s for p, s in shardings.items() if p.startswith("vlm.")}
         types_ = {p.removeprefix("vlm."): d for p, d in dtypes.items() if p.startswith("vlm.")}
         vlm = hf_io.load(directory, setup.model_config, dtype=types_, shardings=place)
-        loaded = {f"vlm.{path}": array for path, array in vlm.items()} | _saved_head(setup, directory)
+        loaded = {f"vlm.{path}": array for path, array in vlm.items()} | dict(head)
     missing = [path for path in structure.variables if path not in loaded]
 
     def initialise() -> Arrays:
@@ -188,26 +208,3 @@ def first_state(setup: Setup, directory: str | Path) -> TrainState:
     placed = jax.tree.map(lambda a: a.sharding, abstract.opt_state)
     opt_state = jax.jit(setup.transform.init, out_shardings=placed)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trainable, frozen, opt_state)
-
-
-def _saved_head(setup: Setup, directory: str | Path) -> Arrays:
-    """The latent head beside an HF checkpoint, for a method that has one."""
-    saved = hf_export.load_latent(directory)
-    paths = [path for path in setup.structure.variables if path.startswith("head.")]
-    if saved is None:
-        return {}
-    if not paths:
-        if jax.process_index() == 0:
-            say_line(f"{directory}: its latent head is dropped; method {setup.config.method} has none")
-        return {}
-    tensors, settings = saved
-    for path in paths:
-        tensor = tensors.get(path.removeprefix("head."))
-        if tensor is None or tensor.shape != setup.structure.shape(path):
-            got = "missing" if tensor is None else f"of shape {tensor.shape}"
-            raise UserError(
-                f"{directory}: the latent head's {path.removeprefix('head.')} is {got}, expected shape "
-                f"{setup.structure.shape(path)}; set config.latent.* to the saved latent_config.json"
-            )
-    pretrain.check_head(settings, setup.config.latent, str(Path(directory) / hf_io.LATENT_CONFIG))
-    return {path: jax.device_put(tensors[path.removeprefix("head.")], setup.sharding(path)) for path in paths}

@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import importlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,23 +12,23 @@ import numpy as np
 from clu import parameter_overview
 
 from latent_jax import config as schema
-from latent_jax import encode, workdir
+from latent_jax import encode, methods, validation, workdir
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Codec
-from latent_jax.data.layout import Example
 from latent_jax.errors import UserError
+from latent_jax.exported import saved_head
 from latent_jax.finish import finish, finished, look_ahead
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.resume import check_begun, check_start, restore, save
-from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding
+from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding, tracing
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
-from latent_jax.settings import PRESETS, mixture
+from latent_jax.settings import PRESETS, mixture, profiled
 from latent_jax.settling import layout_of, mesh_words, settle
 from latent_jax.state import Setup, TrainState, first_state, make_setup
 from latent_jax.step import make_step
@@ -63,7 +61,7 @@ def run(config, directory: str | Path) -> Summary:
 
 
 def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
-    method = importlib.import_module(f"latent_jax.methods.{config.method}")
+    method = methods.find(config.method)
     check_begun(config, directory)
 
     # ------------------------------------------------------------ what is trained
@@ -84,6 +82,7 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     # ------------------------------------------------------------ on what data
     data = open_data(config, config.data.split)
     lacking = look_ahead(config, method, directory)
+    held_out = validation.open_records(config) if config.evaluate.every else []
     if config.data.latent_cache:
         encoder = encode.Encoder(config, method, codec, model_config, origin, mesh)
         data = encoder.beside(data, say=_teller(config))
@@ -118,7 +117,7 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     state, batches_state, extra, told = restore(checkpoints, setup, directory)
     notes += told
     if state is None:
-        state = fit(first_state(setup, origin), setup, data, codec, budgets)
+        state = fit(first_state(setup, origin, saved_head(setup, origin)), setup, data, codec, budgets)
         check_start(state, config, origin)
         notes += [describe(setup, state)]
     else:
@@ -135,12 +134,16 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
         contextlib.closing(batches),
         Metrics(directory, first, config.log.every, config.log.tensorboard, primary, extra.get("metrics")) as metrics,
         Progress(config.train.steps, first, config.log.progress, mute=not primary) as progress,
+        tracing.Tracing(profiled(config.log.profile), directory / "profile") as trace,
         preemption.watch() as asked_to_stop,
     ):
         for note in notes:
             progress.say(note)
         step = make_step(setup)
-        state, stopped = loop(setup, state, step, batches, checkpoints, metrics, progress, asked_to_stop)
+        validate = validation.make_validation(setup, held_out, codec, budgets) if config.evaluate.every else None
+        state, stopped = loop(
+            setup, state, step, validate, batches, checkpoints, metrics, progress, trace, asked_to_stop
+        )
         checkpoints.wait()
         report = {} if stopped else finish(setup, state, codec, directory, progress, asked_to_stop)
     return Summary(int(state.step), stopped, step._cache_size(), report)
@@ -201,36 +204,19 @@ def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
 
 def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Budgets) -> TrainState:
     """Lets the method measure on the first records what it needs before step one (latent statistics)."""
-    method, config = setup.method, setup.config
-    if not hasattr(method, "fit"):
+    statistics, config = setup.method.statistics, setup.config
+    if not statistics:
         return state
     source = data[0][0]
-    count = min(len(source), config.latent.statistics_examples)
+    count = min(len(source), statistics.examples(config))
     picked = (source[index * len(source) // count] for index in range(count))
-    examples = _usable(picked, lambda record, index: method.fit_layout(record, index, config, codec), codec, budgets)
+    examples = pipeline.usable(
+        picked, lambda record, index: statistics.layout(record, index, config, codec), codec, budgets
+    )
     model = setup.build(state.trainable, state.frozen)
-    values = method.fit(model, packing.batches(examples, budgets), config)
+    values = statistics.measure(model, packing.batches(examples, budgets), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
-
-
-def _usable(
-    records: Iterator[dict], layout_fn: pipeline.LayoutFn, codec: Codec, budgets: packing.Budgets
-) -> Iterator[Example]:
-    """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
-    first, count = None, 0
-    for index, record in enumerate(records):
-        try:
-            with pipeline.telling(record):
-                example = codec.lay_out(layout_fn(record, index))
-                budgets.check(example)
-        except UserError as problem:
-            first = first or problem
-            continue
-        count += 1
-        yield example
-    if first and not count:
-        raise UserError(f"no usable record: {first}")
 
 
 def describe(setup: Setup, state: TrainState) -> str:
@@ -256,18 +242,18 @@ def loop(
     setup: Setup,
     state: TrainState,
     step,
+    validate,
     batches: pipeline.BatchIterator,
     checkpoints: Checkpoints,
     metrics: Metrics,
     progress: Progress,
+    trace: tracing.Tracing,
     asked_to_stop,
 ) -> tuple[TrainState, int]:
     """Runs the steps that are left. Returns (state, the signal that ended it early or 0)."""
     config = setup.config
     device_kind = setup.mesh.devices.flat[0].device_kind
-    ledger = flops.Ledger(
-        setup.model_config, config.model.trainable, device_kind, setup.mesh.size, config.model.lora_rank > 0
-    )
+    ledger = setup.ledger(device_kind, setup.mesh.size)
     pending, done = None, int(state.step)
     ended = time.monotonic()
 
@@ -277,7 +263,7 @@ def loop(
         Returns where the data of all hosts stood, and whether one of them was asked to stop.
         """
         nonlocal ended
-        number, found, counts, channels, waited, data = pending
+        number, found, counts, channels, waited, data, held_out = pending
         values = {name: float(value) for name, value in jax.device_get(found).items()}
         counts = {name: int(value) if name != "pairs" else value for name, value in counts().items()}
         examples, blank, asked = (counts.pop(name) for name in ("examples", "blank", "asked"))
@@ -295,8 +281,9 @@ def loop(
                 "step_seconds": seconds,
                 "data_wait_seconds": waited,
             }
+            | held_out
         )
-        if metrics.due(number):
+        if metrics.due(number) or held_out:
             metrics.write(number, values)
         progress.update(number, values)
         check_finite(number, values)
@@ -306,15 +293,23 @@ def loop(
         began = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - began
+        trace.before(done + 1)
         state, found = step(state, hosts.place(batch, setup.mesh, config.data.groups))
         stop = False
         if pending:
             _, stop = report(pending)
         done += 1
+        trace.after(done, found)
         work, data = flops.count(batch), batches.get_state()
         counts = {"examples": int(batch["example_mask"].sum()), "blank": data["blank"], "asked": asked_to_stop()}
         counts |= {name: value for name, value in dataclasses.asdict(work).items() if name != "channels"}
-        pending = (done, found, hosts.summed(counts), work.channels, waited, data)
+        held_out = {}
+        if validate and done % config.evaluate.every == 0:
+            jax.block_until_ready(found)
+            began = time.monotonic()
+            held_out = validate(state)
+            ended += time.monotonic() - began  # no part of the step's own time
+        pending = (done, found, hosts.summed(counts), work.channels, waited, data, held_out)
         # Many hosts stop at the same step: the first at which all know that one was asked.
         last, stop = done == config.train.steps, stop or (bool(counts["asked"]) and jax.process_count() == 1)
         if last or stop or checkpoints.due(done):

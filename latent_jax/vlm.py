@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latent_jax import generate, imagined
+from latent_jax import exported, generate, imagined, methods
 from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import Codec
 from latent_jax.data.layout import Image, Layout
 from latent_jax.errors import UserError
 from latent_jax.fields import check, shown
-from latent_jax.methods import pretrain
 from latent_jax.models import hf_export, hf_io
-from latent_jax.models.heads import LatentHead, LatentVLM
+from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.models.weights import Structure
@@ -33,7 +32,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class VLM:
-    """A Qwen2.5-VL model with its tokenizer, and its latent head where it has one.
+    """A Qwen2.5-VL model with its tokenizer, and what the method that trained it put beside it.
+
+    settings: the config of that method; None where a checkpoint tells of none.
 
     Messages are in HF chat format; an image part holds a PIL image, a path or bytes; a part
     {"type": "imagine", "text": ...} stands for the image that the text describes, as the model imagines it; one without
@@ -42,11 +43,16 @@ class VLM:
 
     model: LatentVLM
     codec: Codec
-    latent: pretrain.Latent | None
+    settings: Any
     eos: tuple[int, ...]
     name: str
-    copies: tuple[Qwen2_5_VL, ...] = ()  # of the model, on the devices that share a batch
+    copies: tuple[LatentVLM, ...] = ()  # of the model, on the devices that share a batch
     positions: int | None = None  # the longest sequence that the checkpoint states
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the method that trained it has latents before an answer."""
+        return bool(self.settings and methods.find(self.settings.method).think)
 
     @property
     def config(self) -> Config:
@@ -54,7 +60,7 @@ class VLM:
 
     def logits(self, messages: Messages) -> np.ndarray:
         """(tokens, vocabulary) float32 logits after the chat template with the generation prompt."""
-        examples, given, _ = self.prompts([messages])
+        examples, given = self.prompts([messages])
         rows = generate.one_per_row(examples, self.config)
         hidden = _hidden(self.model.vlm, rows.batch, given, rows.image_patches)[0, 0, : rows.lengths[0]]
         return np.asarray(self.model.vlm.logits(hidden))
@@ -67,7 +73,7 @@ class VLM:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        latents: str = "own",
+        thoughts: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> list[str]:
         """Answers to a batch of conversations, special tokens skipped; greedy by default.
 
@@ -77,12 +83,12 @@ class VLM:
           top_p: and only from the fewest likeliest ones whose probabilities reach this.
           seed: of the draws. They do not depend on the other conversations of the batch, but a conversation that
             stands in it twice gets two answers.
-          latents: what stands where `imagine` parts predict latents: own, or an intervention (zero, noise, mean,
-            shuffled, none; see imagined.replaced).
+          thoughts: for every conversation what stands in the place of its imagine parts, input embeddings (M, D) each,
+            or () to leave the parts out; None: what the model thinks itself (`think`).
 
         Raises UserError for a value out of range or a message that cannot be shown.
         """
-        options = dict(temperature=temperature, top_p=top_p, seed=seed, latents=latents)
+        options = dict(temperature=temperature, top_p=top_p, seed=seed, thoughts=thoughts)
         return [
             self.codec.tokenizer.decode(ids, skip_special_tokens=True)
             for ids in self.generate_ids(conversations, max_new_tokens, **options)
@@ -96,7 +102,7 @@ class VLM:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        latents: str = "own",
+        thoughts: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> list[list[int]]:
         """As `generate`: the new token ids of each conversation, the one that ended it included."""
         max_new_tokens = generate.check_new_tokens(max_new_tokens)
@@ -105,15 +111,9 @@ class VLM:
             raise UserError(f"conversations: {shown(conversations)}; expected a list of conversations")
         if not conversations:
             return []
-        examples, given, _ = self.prompts(conversations, latents, seed)
-        longest = max(len(example.tokens) for example in examples)
-        if self.positions is not None and longest > self.positions:
-            raise UserError(
-                f"a conversation has {longest:,} tokens, expected at most {self.positions:,}, the "
-                "max_position_embeddings of the model's config.json"
-            )
+        examples, given = self.prompts(conversations, thoughts)
         return generate.answers(
-            self.copies or (self.model.vlm,),
+            self.copies or (self.model,),
             examples,
             given,
             self.eos,
@@ -122,6 +122,21 @@ class VLM:
             top_p=top_p,
             seed=seed,
         )
+
+    def score(
+        self,
+        conversations: Sequence[Messages],
+        answers: Sequence[str],
+        thoughts: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> list[np.ndarray]:
+        """Log likelihoods (fp32, one a token) of given answers and of the `<|im_end|>` behind each, teacher-forced.
+
+        thoughts: as in `generate`. Raises UserError where there is not one answer, a text, for each conversation.
+        """
+        if len(answers) != len(conversations) or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(f"answers: expected {len(conversations)} texts, one for each conversation")
+        examples, given = self.prompts(conversations, thoughts, answers)
+        return generate.scores(self.copies or (self.model,), examples, given)
 
     def encode_image(self, image) -> np.ndarray:
         """(visual tokens, hidden) float32: what the frozen encoder sees, in reading order."""
@@ -136,19 +151,46 @@ class VLM:
 
         Raises UserError where the checkpoint has no latent head.
         """
-        part = {"type": "imagine", "text": text}
-        return np.asarray(self.prompts([[{"role": "user", "content": [part]}]]).latents[0])
+        ((thought,),) = self.think([[{"role": "user", "content": [{"type": "imagine", "text": text}]}]])
+        return thought.latents
 
-    def prompts(self, conversations: Sequence[Messages], latents: str = "own", seed: int = 0) -> imagined.Prompts:
-        """The conversations laid out for an answer, and what their `imagine` parts stand for; `latents`: one of
-        imagined.LATENTS. Raises UserError where the checkpoint has no latent head and one is needed."""
+    def think(
+        self, conversations: Sequence[Messages], *, variant: str = "", temperature: float = 0.0, seed: int = 0
+    ) -> list[list[imagined.Thought]]:
+        """For every conversation what its imagine parts stand for, in their order: latents (S, Z), inputs (M, D).
+
+        variant: one of the method's ways to think, "" its own. temperature, seed: of methods that draw their latents.
+        Raises UserError where the checkpoint's method has none.
+        """
         try:
-            return imagined.prompts(self.model, self.codec, self.latent, conversations, latents, seed)
-        except imagined.NoHead:
+            return imagined.think(
+                self.copies or (self.model,), self.codec, self.settings, conversations,
+                variant=variant, temperature=temperature, seed=seed,
+            )  # fmt: skip
+        except imagined.NoThought:
             raise UserError(
                 f"{self.name}: has no latent head ({hf_io.LATENT_WEIGHTS}), so it cannot imagine; expected a "
                 "checkpoint of latent pretraining"
             ) from None
+
+    def prompts(
+        self,
+        conversations: Sequence[Messages],
+        thoughts: Sequence[Sequence[np.ndarray]] | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> imagined.Prompts:
+        """The conversations laid out for an answer, or with given ones; `thoughts` as in `generate`."""
+        if thoughts is None:
+            thoughts = [[thought.inputs for thought in own] for own in self.think(conversations)]
+        width = self.config.text.hidden_size
+        found = imagined.prompts(self.codec, self.settings, width, conversations, thoughts, answers)
+        longest = max((len(example.tokens) for example in found.examples), default=0)
+        if self.positions is not None and longest > self.positions:
+            raise UserError(
+                f"a conversation has {longest:,} tokens, expected at most {self.positions:,}, the "
+                "max_position_embeddings of the model's config.json"
+            )
+        return found
 
 
 @functools.partial(jax.jit, static_argnames="image_patches")
@@ -180,7 +222,8 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
     if path and (step is not None or is_workdir(path)):
         run = Run.of(workdir)
         vlm, head = split(run.arrays(step))
-        origin, latent = run.origin, run.latent()
+        origin, settings = run.origin, run.config
+        head = exported.head(methods.find(settings.method), head)
         # Workdirs of earlier versions keep the source's pixel limits beside the model, and the run's in its config.
         limits = run.config.data.min_pixels or None, run.config.data.max_pixels or None
         codec = Codec.from_directory(origin, *limits)
@@ -191,50 +234,17 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
         stated_eos(origin, from_json(origin / "config.json").text.vocab_size)
         codec = Codec.from_directory(origin)
         vlm = hf_io.load(origin, dtype=wanted)
-        head, latent = hf_export.load_latent(origin) or ({}, None)
+        head, settings = hf_export.load_latent(origin) or ({}, None)
+        settings = settings and exported.settings(settings, str(origin / hf_io.LATENT_CONFIG))
     config = dataclasses.replace(
         from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std
     )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
-    section = pretrain.read_latent(latent, str(origin / hf_io.LATENT_CONFIG)) if head else None
-    made = _head(head, section, config, origin, wanted) if head else None
+    made = exported.rebuild(head, settings, config, origin / hf_io.LATENT_WEIGHTS, wanted) if settings else None
     model = LatentVLM(structure.build(vlm), made)
-    copies = tuple(jax.device_put(model.vlm, device) for device in devices or ())
+    copies = tuple(jax.device_put(model, device) for device in devices or ())
     eos = eos_ids(origin, codec.tokenizer, config.text.vocab_size)
-    return VLM(model, codec, section, eos, str(path or "tiny_vl"), copies, stated_positions(origin))
-
-
-def _head(tensors: dict, latent: pretrain.Latent, config: Config, directory: Path, dtype) -> LatentHead:
-    """A latent head around loaded tensors; its statistics stay fp32. Raises UserError naming a tensor that is missing,
-    unknown or not of the shape that the model and `latent` ask for."""
-    where = directory / hf_io.LATENT_WEIGHTS
-    axes = {name: np.shape(tensors.get(name)) for name in ("slots", "fc2")}
-    for name, shape in axes.items():
-        if len(shape) != 2:
-            raise UserError(f"{where}: tensor '{name}' has shape {shape}, expected two axes")
-    (slots, hidden), (width, target) = axes["slots"], axes["fc2"]
-    expected = {
-        "slots": (latent.grid**2, config.text.hidden_size),
-        "fc2": (latent.width or width, pretrain.target_size(config, latent.space)),
-    }
-    for name, shape in expected.items():
-        if axes[name] != shape:
-            raise UserError(f"{where}: tensor '{name}' has shape {axes[name]}, expected {shape}")
-    structure = Structure.of(nnx.eval_shape(lambda: LatentHead(slots, hidden, target, width, rngs=nnx.Rngs(0))))
-    for name in sorted(structure.variables.keys() ^ tensors.keys()):
-        what = "missing" if name in structure.variables else "none of a latent head's"
-        raise UserError(f"{where}: tensor '{name}' is {what}")
-    for path in structure.variables:
-        shape = np.shape(tensors[path])
-        if shape != structure.shape(path) or not jnp.issubdtype(tensors[path].dtype, jnp.floating):
-            raise UserError(
-                f"{where}: tensor '{path}' is {tensors[path].dtype} {shape}, expected {structure.shape(path)} of floats"
-            )
-        if not np.isfinite(np.asarray(tensors[path])).all():
-            raise UserError(f"{where}: tensor '{path}' has values that are not finite")
-    placed = place(tensors, dtype)
-    statistics = {p: placed[p].astype(jnp.float32) for p in structure.variables if not structure.trained(p)}
-    return structure.build({**placed, **statistics})
+    return VLM(model, codec, settings, eos, str(path or "tiny_vl"), copies, stated_positions(origin))
 
 
 def eos_ids(directory: Path, tokenizer, rows: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """What a training run leaves behind, read back: its config, its model and its latest weights."""
 
 import dataclasses
-import importlib
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from latent_jax import config as schema
+from latent_jax import methods
 from latent_jax.errors import UserError
 from latent_jax.models import lora
 from latent_jax.models.card import Card
@@ -42,7 +42,7 @@ class Run:
         """Raises UserError where the directory is not a workdir."""
         directory = Path(directory)
         config, measured = schema.read(directory / CONFIG)
-        method = importlib.import_module(f"latent_jax.methods.{config.method}")
+        method = methods.find(config.method)
         check_origin(directory / ORIGIN)
         model_config = from_json(directory / ORIGIN / "config.json")
         structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
@@ -71,11 +71,6 @@ class Run:
         """The newest checkpoint's step."""
         with Checkpoints(self.directory / CHECKPOINTS, read_only=True) as checkpoints:
             return checkpoints.latest() or 0
-
-    def latent(self) -> dict | None:
-        """The latent section of the config, which an export keeps beside its head."""
-        section = getattr(self.config, "latent", None)
-        return None if section is None else dataclasses.asdict(section)
 
 
 def steps(directory: str | Path) -> list[int]:

@@ -38,8 +38,8 @@ from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import sharding
 from latent_jax.step import make_step
 
-method = importlib.import_module(f"latent_jax.methods.{method_name}")
-sections = {name: kind() for name, kind in method.SECTIONS.items()}
+method = importlib.import_module(f"latent_jax.methods.{method_name}").METHOD
+sections = {name: kind() for name, kind in method.sections.items()}
 if "latent" in sections:
     import dataclasses
     sections["latent"] = dataclasses.replace(sections["latent"], grid=2)

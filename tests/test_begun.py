@@ -19,6 +19,7 @@ from latent_jax.compare import compare
 from latent_jax.errors import Stopped, UserError
 from latent_jax.evaluate import Backend
 from latent_jax.models import hf_io
+from tests.analysis.test_interventions import Facade
 from tests.faults.inject import injure
 from tests.reference import benchmark_records as records
 from tests.test_evaluate import PIXELS, REPLIES, STAND_IN, Fake, by_colour, config, error, finished, lines
@@ -135,19 +136,32 @@ def test_other_records_at_the_same_path(asked_of, tmp_path):
     ("latents", "change", "message"),
     [
         ("noise", {"seed": 1}, r"config\.seed \(0 -> 1\), on which replies to noise latents depend"),
-        ("shuffled", {"evaluate__batch_size": 4}, r"config\.evaluate\.batch_size \(16 -> 4\), on which"),
+        ("permuted", {"seed": 1}, r"config\.seed \(0 -> 1\), on which replies to permuted latents depend"),
+        ("shuffled", {"seed": 1, "evaluate__batch_size": 4}, None),
         ("zero", {"seed": 1, "evaluate__batch_size": 4}, None),
     ],
 )
 def test_what_replies_to_interventions_depend_on(latents, change, message, asked_of, tmp_path):
     asked_of(records.gqa())
     imagined = dict(evaluate__imagine="true", evaluate__latents=latents)
-    answers = lambda _: Backend(lambda conversations, tokens: ["red"] * len(conversations), dict(PIXELS))
+    vlm = Facade({}, lambda text, given: False)
+    answers = lambda _: Backend(vlm.generate, dict(PIXELS), vlm)
     evaluate.run(config(evaluate__examples=3, **imagined), tmp_path, answers)
     if message:
         assert re.search(message, error(config(**imagined, **change), tmp_path, answers))
     else:
         assert evaluate.run(config(**imagined, **change), tmp_path, answers)["n"] == 18
+
+
+def test_interventions_of_an_earlier_version_do_not_go_on(asked_of, tmp_path):
+    asked_of(records.gqa())
+    vlm, told = Facade({}, lambda text, given: False), dict(evaluate__imagine="true", evaluate__latents="zero")
+    answers = lambda _: Backend(vlm.generate, dict(PIXELS), vlm)
+    evaluate.run(config(evaluate__examples=3, **told), tmp_path, answers)
+    found = json.loads((tmp_path / "config.json").read_text())
+    del found["checksum"], found["measured"]["replaced"]
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert "was begun by a version that put other zero latents" in error(config(**told), tmp_path, answers)
 
 
 def test_replies_of_nobody_knows_which_model(asked_of, tmp_path):
@@ -204,13 +218,17 @@ def test_no_latent_head_is_known_before_anything_is_loaded(kind, tmp_path, monke
     )
     assert not (tmp_path / "run").exists()
 
-    if kind in ("folder", "cached"):
-        (folder / hf_io.LATENT_WEIGHTS).touch()
-    listed.append(hf_io.LATENT_WEIGHTS)
-    if kind in ("workdir", "step"):
-        schema.write(schema.resolve(schema.default("imagine")), folder / "config.json")
-    if kind != "embedded":
-        assert answering.check_head(told) is None
+    listed.append(hf_io.LATENT_CONFIG)
+    for method in ("imagine", "pretrain") if kind != "embedded" else ():
+        if kind in ("folder", "cached"):
+            (folder / hf_io.LATENT_CONFIG).write_text(json.dumps({"method": method}))
+        if kind in ("workdir", "step"):
+            schema.write(schema.resolve(schema.default(method)), folder / "config.json")
+        assert answering.settled(told, tmp_path / "run", False)[0].evaluate.imagine is True
+        left_open = config(model__path=path)
+        if kind not in ("hub", "cached"):  # which would be downloaded
+            found, said = answering.settled(left_open, tmp_path / "run", False)
+            assert found.evaluate.imagine is (method == "imagine") and len(said) == (method == "pretrain")
 
 
 def test_a_hub_that_does_not_answer_says_nothing_of_heads(monkeypatch):
@@ -221,7 +239,7 @@ def test_a_hub_that_does_not_answer_says_nothing_of_heads(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
-    assert answering.has_head("owner/name") is None and answering.has_head("no such/folder at all") is None
+    assert answering.thinking("owner/name") is None and answering.thinking("no such/folder at all") is None
 
 
 # ---------------------------------------------------------------- signals

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax import config as schema
+from latent_jax import methods
 from latent_jax.benchmarks.settings import Evaluation
 from latent_jax.errors import UserError
 from latent_jax.fields import option
+from latent_jax.methods.contract import Method
 from latent_jax.settings import Config, Train
 
 
@@ -25,12 +27,20 @@ class Loss:
     grid: tuple[int, int] = option((4, 4), "rows and columns", low=1)
 
 
+def method_of(sections: dict) -> Method:
+    """A method of these sections alone."""
+    nothing = lambda *_: None  # noqa: E731
+    return Method(sections, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
+
+
 @pytest.fixture(autouse=True)
 def method():
     """A method module that exists for this file only."""
     module = types.ModuleType("latent_jax.methods.fake")
-    module.SECTIONS = {"loss": Loss}
+    module.METHOD = method_of({"loss": Loss})
     sys.modules[module.__name__] = module
+    methods.find.cache_clear()
+    schema.schema.cache_clear()
     yield
     del sys.modules[module.__name__]
 
@@ -135,7 +145,6 @@ def test_override_speaks_the_schemas_words(key, text, message):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 10**6), st.floats(0, 1, width=32, allow_subnormal=False), st.booleans(), st.text(max_size=20))
 def test_config_json_comes_back_equal(tmp_path_factory, steps, replay, progress, path):
-    sys.modules["latent_jax.methods.fake"].SECTIONS = {"loss": Loss}
     dotted = dict(train__steps=steps, data__replay=replay, log__progress=progress, model__path=path)
     config, file = schema.resolve(changed(**dotted, loss__grid=(2, 9))), tmp_path_factory.mktemp("c") / "config.json"
     schema.write(config, file, {"budgets": {"rows": 2}})
@@ -207,10 +216,12 @@ def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():
 
 
 def test_a_method_cannot_take_a_common_name():
-    sys.modules["latent_jax.methods.fake"].SECTIONS = {"train": Loss}
+    sys.modules["latent_jax.methods.fake"].METHOD = method_of({"train": Loss})
+    methods.find.cache_clear()
     schema.schema.cache_clear()
     with pytest.raises(ValueError, match="'train'"):
         schema.schema("fake")
+    methods.find.cache_clear()
     schema.schema.cache_clear()
 
 

@@ -97,7 +97,7 @@ def test_rows_that_ended_are_left_behind(vlm):
     """Nine prompts, of which two go on for longer than the others: in a smaller program, and as before."""
     examples = vlm.prompts([*WORDS[:8], STILLS[1]]).examples
     nothing, options = jnp.zeros((1, 160)), dict(temperature=0.8, seed=2)
-    run = lambda eos: generate.answers((vlm.model.vlm,), examples, nothing, eos, max_new_tokens=NEW, **options)
+    run = lambda eos: generate.answers((vlm.model,), examples, nothing, eos, max_new_tokens=NEW, **options)
     free = run((-1,))
     spared = {*free[3][:10], *free[8][:10]}
     ends = [next((token for token in ids if token not in spared), -1) for ids in free]

@@ -1,5 +1,6 @@
 """What imagine parts stand for: the same for a conversation alone and in a batch, and what interventions put there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from latent_jax import generate, imagined
+from latent_jax import generate
 from latent_jax.data import rows
 from latent_jax.data.layout import Layout, Slots
 from latent_jax.errors import UserError
-from latent_jax.methods import imagine, pretrain
+from latent_jax.methods import imagine
 from latent_jax.models.weights import Structure
 from latent_jax.state import new_model
 from latent_jax.vlm import VLM
@@ -24,13 +25,13 @@ GRID = 2
 @functools.cache
 def facade() -> VLM:
     config = small.config("imagine", latent=dict(grid=GRID))
-    make = lambda: new_model(config, imagine, small.model_config())  # noqa: E731
+    make = lambda: new_model(config, imagine.METHOD, small.model_config())  # noqa: E731
     structure = Structure.of(nnx.eval_shape(make))
     arrays = jax.jit(lambda: structure.arrays(make()))()
     rng = np.random.default_rng(0)
     arrays["head.mean"] = jnp.asarray(rng.normal(size=64), jnp.float32)
     arrays["head.scale"] = jnp.full(64, 0.5, jnp.float32)
-    return VLM(structure.build(arrays), small.codec(), pretrain.Latent(grid=GRID), (574,), "small")
+    return VLM(structure.build(arrays), small.codec(), config, (574,), "small")
 
 
 def picture(index: int) -> dict:
@@ -66,8 +67,12 @@ def in_context(messages) -> np.ndarray:
     return np.asarray(vlm.model.head.restore(vlm.model.head(hidden[example.slots])))
 
 
+def thoughts(conversations) -> list:
+    return [thought for own in facade().think(conversations) for thought in own]
+
+
 def test_a_batch_of_all_kinds_has_each_ones_own_latents():
-    found = facade().prompts(CONVERSATIONS).latents
+    found = [thought.latents for thought in thoughts(CONVERSATIONS)]
     expected = [
         in_context(CONVERSATIONS[0]),
         facade().imagine("a red ball"),
@@ -76,6 +81,15 @@ def test_a_batch_of_all_kinds_has_each_ones_own_latents():
     ]
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-5)
     assert np.abs(expected[0] - expected[3]).max() > 0.01  # the context matters
+    assert [len(own) for own in facade().think(CONVERSATIONS)] == [1, 0, 2, 1]
+
+
+def test_copies_of_the_model_share_what_is_thought():
+    shared = dataclasses.replace(facade(), copies=tuple(jax.device_put(facade().model, d) for d in jax.devices()[:3]))
+    found = [thought for own in shared.think(CONVERSATIONS) for thought in own]
+    for one, other in zip(found, thoughts(CONVERSATIONS), strict=True):
+        np.testing.assert_allclose(one.latents, other.latents, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one.inputs, other.inputs, rtol=1e-4, atol=1e-5)
 
 
 def test_answers_in_a_batch_are_those_alone():
@@ -83,45 +97,71 @@ def test_answers_in_a_batch_are_those_alone():
     assert together == [facade().generate_ids([messages], max_new_tokens=4)[0] for messages in CONVERSATIONS]
 
 
-def test_interventions_replace_what_was_predicted():
+def test_what_is_given_stands_in_the_place_of_what_the_model_thinks():
     vlm = facade()
-    own = vlm.prompts(CONVERSATIONS)
-    given = {mode: vlm.prompts(CONVERSATIONS, mode, seed=3).given for mode in imagined.LATENTS if mode != "none"}
-    D = own.given.shape[-1]
-    assert np.array_equal(given["own"], own.latents.reshape(-1, D))
-    assert not np.any(given["zero"]) and given["zero"].shape == own.given.shape
-    mean = vlm.model.head.mean[...]
-    assert np.array_equal(given["mean"], np.broadcast_to(mean, own.given.shape))
-    assert np.array_equal(given["shuffled"], np.roll(own.latents, 2, axis=0).reshape(-1, D))
-    standard = (np.asarray(given["noise"]) - mean) / 0.5
-    assert abs(standard.mean()) < 0.2 and abs(standard.std() - 1) < 0.1
-    assert not np.array_equal(given["noise"], vlm.prompts(CONVERSATIONS, "noise", seed=4).given)
+    own = [[thought.inputs for thought in each] for each in vlm.think(CONVERSATIONS)]
+    assert vlm.generate_ids(CONVERSATIONS, 4, thoughts=own) == vlm.generate_ids(CONVERSATIONS, 4)
+    other = [[np.zeros_like(array) for array in each] for each in own]
+    examples, given = vlm.prompts(CONVERSATIONS, other)
+    assert given.shape == (4 * GRID**2, 64) and not given.any()
+    assert [e.tokens.tolist() for e in examples] == [e.tokens.tolist() for e in vlm.prompts(CONVERSATIONS).examples]
+    found = vlm.prompts(CONVERSATIONS, own).given
+    assert np.array_equal(found, np.concatenate([array for each in own for array in each]))
 
 
-def test_none_leaves_the_parts_out():
+def test_nothing_given_leaves_the_parts_out():
     plain = [user(picture(0), "What color is it?"), user("Is there a ball?")]
-    found, want = facade().prompts(CONVERSATIONS[:2], "none"), facade().prompts(plain)
-    assert found.latents is None and want.latents is None
+    found, want = facade().prompts(CONVERSATIONS[:2], [(), ()]), facade().prompts(plain)
+    assert not len(found.given) and not len(want.given)
     for one, other in zip(found.examples, want.examples, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
 
 
+def test_scores_are_log_likelihoods_of_the_answers_tokens():
+    """By hand: one answer at a time, the softmax of the logits of the prompt with the answer's first tokens."""
+    vlm, answers = facade(), ["red", "yes, a small one", "no", "a ball"]
+    found = vlm.score(CONVERSATIONS, answers)
+    for messages, answer, scores in zip(CONVERSATIONS, answers, found, strict=True):
+        examples, given = vlm.prompts([messages], None, [answer])
+        rows_ = rows.one_per_row(examples, vlm.config)
+        hidden = hidden_states(vlm.model, rows_.batch, given)
+        logits = np.asarray(vlm.model.vlm.logits(hidden), np.float64)[: len(examples[0].tokens)]
+        log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = [*vlm.codec.encode(answer).ids, vlm.codec.encode("<|im_end|>").ids[0]]
+        first = len(examples[0].tokens) - len(ids) - 1  # the newline behind the end of the turn is not said
+        assert examples[0].tokens[first:-1].tolist() == ids
+        np.testing.assert_allclose(scores, [log[first + i - 1, token] for i, token in enumerate(ids)], atol=1e-4)
+    alone = [vlm.score([messages], [answer])[0] for messages, answer in zip(CONVERSATIONS, answers, strict=True)]
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    swapped = vlm.score(CONVERSATIONS, answers, [[np.ones((4, 64), np.float32)], (), [], ()])
+    assert np.abs(swapped[0] - found[0]).max() > 1e-3 and np.abs(swapped[1] - found[1]).max() < 1e-4
+
+
 @pytest.mark.parametrize(
-    ("conversations", "mode", "message"),
+    ("conversations", "given", "message"),
     [
-        ([user({"type": "imagine", "text": " "})], "own", "holds no text"),
-        ([user(SILENT, {"type": "imagine", "text": "a ball"})], "own", "expected it to be its conversation's only one"),
-        ([user("a", SILENT)], "shuffled", "expected at least two"),
-        ([user("a", SILENT)], "others", "latents: got 'others', expected one of own, zero"),
+        ([user({"type": "imagine", "text": " "})], None, "holds no text"),
+        ([user(SILENT, {"type": "imagine", "text": "a ball"})], None, "expected it to be its conversation's only one"),
+        ([user(SILENT)], [], "thoughts: got those of 0 conversations, expected 1"),
+        ([user(SILENT)], [[np.zeros((4, 64))] * 2], "thoughts of conversation 0: got 2, expected none or 1"),
+        ([user(SILENT)], [[np.zeros((3, 64))]], r"shape \(3, 64\), expected \(4, 64\) finite numbers"),
+        ([user(SILENT)], [[np.full((4, 64), np.nan)]], r"expected \(4, 64\) finite numbers"),
+        ([user({**SILENT, "grid": [3, 3]})], None, "an 'imagine' part's grid is"),
     ],
 )
-def test_bad_parts_and_modes_are_named(conversations, mode, message):
+def test_bad_parts_and_arrays_are_named(conversations, given, message):
     with pytest.raises(UserError, match=message):
-        facade().prompts(conversations, mode)
+        facade().prompts(conversations, given)
+
+
+def test_a_variant_that_the_method_lacks_is_named():
+    with pytest.raises(UserError, match="variant: got 'posterior', expected one of own"):
+        facade().think([user(SILENT)], variant="posterior")
 
 
 def test_a_model_without_a_head_says_so():
     vlm = VLM(facade().model.__class__(facade().model.vlm, None), facade().codec, None, (574,), "plain")
     with pytest.raises(UserError, match="plain: has no latent head"):
-        vlm.prompts([user("a", SILENT)])
+        vlm.think([user("a", SILENT)])
     assert len(vlm.generate([user("a")], max_new_tokens=2)) == 1

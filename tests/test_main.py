@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from latent_jax import config as schema
-from latent_jax import main
+from latent_jax import main, methods
 from latent_jax.errors import UserError
 from latent_jax.fields import option
+from latent_jax.methods.contract import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,12 @@ def get_config(variant=""):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     module = types.ModuleType("latent_jax.methods.stand_in")
-    module.SECTIONS = {"loss": Loss}
+    nothing = lambda *_: None  # noqa: E731
+    module.METHOD = Method({"loss": Loss}, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     # config_flags loads every config file under this one name, on top of what the last one left there.
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    methods.find.cache_clear()
     schema.schema.cache_clear()
     path = tmp_path / "small.py"
     path.write_text(CONFIG)

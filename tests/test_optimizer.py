@@ -6,11 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from latent_jax import optimizer
+from latent_jax.methods import pretrain
+from latent_jax.models.weights import Structure
 from latent_jax.settings import Train
+from latent_jax.state import new_model
+from tests.reference import small
 
-PATHS = ["vlm.text.blocks.q", "vlm.text.blocks.q_bias", "vlm.text.norm", "head.fc1", "head.slots"]
+DECAYED = {
+    "vlm.text.blocks.q": True,
+    "vlm.text.blocks.q_bias": False,
+    "vlm.text.norm": False,
+    "head.fc1": True,
+    "head.slots": False,
+}
+PATHS = list(DECAYED)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +50,25 @@ def test_no_warm_up_starts_at_the_peak_and_all_warm_up_ends_there():
 
 
 def test_matrices_decay_and_nothing_else():
-    matrices = ["vlm.text.embed", "vlm.text.lm_head", "vlm.text.blocks.down", "vlm.vision.patch", "head.fc2"]
-    others = ["vlm.text.norm", "vlm.text.blocks.attn_norm", "vlm.text.blocks.mlp_norm", "vlm.vision.blocks.norm1"]
-    others += ["vlm.text.blocks.k_bias", "vlm.vision.merger.fc1_bias", "vlm.vision.merger.norm", "head.norm"]
-    others += ["head.slots", "head.logit_scale", "head.logit_bias", "head.fc1_bias"]
-    assert all(optimizer.decayed(path) for path in matrices)
-    assert not any(optimizer.decayed(path) for path in others)
+    config = small.config(model={"lora_rank": 2, "trainable": "language"})
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain.METHOD, small.model_config())))
+    decayed = {path for path in structure.variables if structure.trained(path) and structure.decayed(path)}
+    matrices = [
+        "vlm.text.embed",
+        "vlm.text.lm_head",
+        "vlm.text.blocks.down",
+        "vlm.vision.patch",
+        "head.fc1",
+        "head.fc2",
+    ]
+    matrices += ["vlm.text.blocks.lora.q_a", "vlm.text.blocks.lora.q_b", "vlm.vision.merger.fc1"]
+    assert decayed >= {*matrices}
+    # The rule that was written by names before: norms, biases, slot embeddings and scalars do not.
+    names = ("norm", "norm1", "norm2", "attn_norm", "mlp_norm", "slots", "logit_scale", "mean", "scale")
+    last = {path: path.rsplit(".", 1)[-1] for path in structure.variables}
+    assert {path for path in last if path not in decayed} == {
+        path for path, name in last.items() if name in names or (name.endswith("bias") and ".lora." not in path)
+    }
 
 
 def adamw(train: Train, values, gradients, path: str) -> np.ndarray:
@@ -56,7 +81,7 @@ def adamw(train: Train, values, gradients, path: str) -> np.ndarray:
         first = train.beta1 * first + (1 - train.beta1) * g
         second = train.beta2 * second + (1 - train.beta2) * g**2
         change = first / (1 - train.beta1**t) / (np.sqrt(second / (1 - train.beta2**t)) + train.epsilon)
-        if optimizer.decayed(path):
+        if DECAYED[path]:
             change = change + train.weight_decay * value
         rate = train.head_learning_rate or train.learning_rate if path.startswith("head.") else train.learning_rate
         value = value - rate * change
@@ -73,7 +98,7 @@ def test_updates_are_those_of_adamw(clip, rates):
     gradients = [
         {path: rng.normal(size=(3, 4)).astype(np.float32) * scale for path in PATHS} for scale in (1.0, 5.0, 0.01)
     ]
-    transform = optimizer.make(train, PATHS)
+    transform = optimizer.make(train, PATHS, {path for path in PATHS if DECAYED[path]})
     state, now = transform.init(values), values
     for step in gradients:
         updates, state = transform.update(step, state, now)

@@ -211,7 +211,7 @@ def test_a_second_writer_is_refused_before_anything_is_read(whole, scenes):
 def test_weights_that_are_not_finite_are_not_begun_with(scenes, tmp_path, monkeypatch):
     first = train.first_state
 
-    def broken(setup, origin):
+    def broken(setup, origin, head):
         state = first(setup, origin)
         path = "vlm.text.norm"
         return state._replace(trainable={**state.trainable, path: state.trainable[path].at[3].set(jnp.nan)})
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_saves_nothing(scenes, tmp_path):
 def test_a_missing_held_out_split_is_told_once_at_the_start(scenes, tmp_path):
     config = config_of(scenes)
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="dev"))
-    (line,) = finish.look_ahead(config, pretrain, tmp_path)
+    (line,) = finish.look_ahead(config, pretrain.METHOD, tmp_path)
     assert line.startswith("no report on held-out data: scenes in ") and "has no split 'dev'" in line
     assert "config.data.holdout=N keeps N records of the training split for it" in line
     said, model, codec = [], mock.Mock(spec=LatentVLM), mock.Mock(spec=Codec)
@@ -265,7 +265,7 @@ def test_what_is_trained_on_is_not_reported_as_held_out(scenes):
 def test_a_folder_in_the_place_of_the_last_files_is_told_before_step_one(name, scenes, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}: a directory; expected a file of an earlier run, or nothing"):
-        finish.look_ahead(config_of(scenes), pretrain, tmp_path)
+        finish.look_ahead(config_of(scenes), pretrain.METHOD, tmp_path)
 
 
 def test_a_damaged_held_out_split_ends_the_run_before_it_counts_as_finished(scenes, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from latent_jax.errors import UserError
+from latent_jax.exported import saved_head
 from latent_jax.methods import pretrain, sft
 from latent_jax.models import hf_export, hf_io
 from latent_jax.runtime import sharding
@@ -16,7 +17,7 @@ from latent_jax.state import choose_attention, first_state, make_setup
 from tests.reference import small
 
 
-def setup(config, mesh=(1, 1, 1), dtypes=None, method=pretrain):
+def setup(config, mesh=(1, 1, 1), dtypes=None, method=pretrain.METHOD):
     mesh = sharding.make_mesh(*mesh, jax.devices()[: np.prod(mesh)])
     return make_setup(config, method, small.model_config(), mesh, dtypes or {})
 
@@ -42,6 +43,10 @@ def loaded_config(**sections):
     return small.config(model={"init": "checkpoint"}, **sections)
 
 
+def loaded(ready, directory):
+    return first_state(ready, directory, saved_head(ready, directory))
+
+
 def stored(directory) -> dict:
     weights = hf_io.Checkpoint.open(directory).weights(small.model_config())
     return {f"vlm.{path}": weight.dtype for path, weight in weights.items()}
@@ -53,7 +58,7 @@ def test_the_vision_tower_and_the_statistics_are_frozen_and_the_head_is_not(made
     assert {"head.slots", "head.fc1", "head.logit_scale"} <= made.trainable.keys()
     everything = setup(small.config(model={"trainable": "all"}))
     assert set(everything.structure.variables) - set(everything.trainable) == {"head.mean", "head.scale"}
-    assert not [path for path in setup(small.config("sft"), method=sft).trainable if path.startswith("head.")]
+    assert not [path for path in setup(small.config("sft"), method=sft.METHOD).trainable if path.startswith("head.")]
 
 
 def test_random_weights_are_those_of_the_seed_on_any_mesh(made):
@@ -65,7 +70,7 @@ def test_random_weights_are_those_of_the_seed_on_any_mesh(made):
 
 def test_masters_are_fp32_and_frozen_weights_keep_the_checkpoints_dtype(made, checkpoint):
     ready = setup(loaded_config(), dtypes=stored(checkpoint))
-    state = first_state(ready, checkpoint)
+    state = loaded(ready, checkpoint)
     assert {a.dtype for a in state.trainable.values()} == {jnp.dtype("float32")}
     assert {a.dtype for p, a in state.frozen.items() if p.startswith("vlm.")} == {jnp.dtype("bfloat16")}
     for path, array in {**state.trainable, **state.frozen}.items():
@@ -79,13 +84,13 @@ def test_masters_are_fp32_and_frozen_weights_keep_the_checkpoints_dtype(made, ch
 def test_a_saved_head_of_another_shape_is_an_error_not_a_new_head(checkpoint):
     bigger = setup(loaded_config(latent={"grid": 3}), dtypes=stored(checkpoint))
     with pytest.raises(UserError, match=r"latent head's slots is of shape \(4, 64\), expected shape \(9, 64\); set"):
-        first_state(bigger, checkpoint)
+        loaded(bigger, checkpoint)
 
 
 @pytest.mark.parametrize(
     ("latent", "fault"),
     [
-        ({"readout": "mean_text"}, "has readout 'slots', but config.latent.readout is 'mean_text'"),
+        ({"readout": "mean_text"}, "has latent.readout 'slots', but config.latent.readout is 'mean_text'"),
         ({"grid": 2, "space": "merged"}, ""),
         ({"scale": "std", "captions": "first"}, ""),  # what the saved head does not depend on
     ],
@@ -93,21 +98,10 @@ def test_a_saved_head_of_another_shape_is_an_error_not_a_new_head(checkpoint):
 def test_a_saved_head_is_of_the_readout_and_space_that_the_run_asks_for(checkpoint, latent, fault):
     ready = setup(loaded_config(latent=latent), dtypes=stored(checkpoint))
     if not fault:
-        first_state(ready, checkpoint)
+        loaded(ready, checkpoint)
         return
-    with pytest.raises(UserError, match=rf"latent_config\.json: the latent head {fault}; expected the same"):
-        first_state(ready, checkpoint)
-
-
-def test_check_head_compares_grid_space_and_readout():
-    saved = dataclasses.asdict(pretrain.Latent(grid=2))
-    pretrain.check_head(saved, pretrain.Latent(grid=2, width=7), "file")
-    for key, value in (("grid", 3), ("space", "encoder"), ("readout", "last_token")):
-        wanted = dataclasses.replace(pretrain.Latent(grid=2), **{key: value})
-        with pytest.raises(UserError, match=f"^file: the latent head has {key} "):
-            pretrain.check_head(saved, wanted, "file")
-    with pytest.raises(UserError, match="^file: method"):
-        pretrain.check_head({**saved, "method": "imagine"}, pretrain.Latent(grid=2), "file")
+    with pytest.raises(UserError, match=rf"latent_config\.json: the head {fault}; expected the same"):
+        loaded(ready, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +119,12 @@ def test_a_saved_head_without_a_tensor_or_with_a_wrong_one_is_named(checkpoint, 
     hf_export.save_latent(tmp_path / "hf", head, latent)
     (tmp_path / "hf" / "checksums.json").unlink()  # changed on purpose
     with pytest.raises(UserError, match=fault):
-        first_state(setup(loaded_config(), dtypes=stored(checkpoint)), tmp_path / "hf")
+        loaded(setup(loaded_config(), dtypes=stored(checkpoint)), tmp_path / "hf")
 
 
 def test_a_method_without_a_head_says_that_it_drops_one(checkpoint, capsys):
-    ready = setup(small.config("sft", model={"init": "checkpoint"}), dtypes=stored(checkpoint), method=sft)
-    state = first_state(ready, checkpoint)
+    ready = setup(small.config("sft", model={"init": "checkpoint"}), dtypes=stored(checkpoint), method=sft.METHOD)
+    state = loaded(ready, checkpoint)
     assert not [path for path in {**state.trainable, **state.frozen} if path.startswith("head.")]
     assert capsys.readouterr().err == f"{checkpoint}: its latent head is dropped; method sft has none\n"
 

@@ -21,7 +21,7 @@ STEPS = 5
 def train(config, batches, mesh=(1, 1, 1), kernel="reference"):
     """(metrics of every step, final state) from one and the same first state."""
     mesh = sharding.make_mesh(*mesh, jax.devices()[: np.prod(mesh)])
-    setup = make_setup(config, pretrain, small.model_config(), mesh, {})
+    setup = make_setup(config, pretrain.METHOD, small.model_config(), mesh, {})
     setup = dataclasses.replace(setup, attention=attention.Choice(kernel))
     places = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract())
     state = jax.device_put(start(), places)
@@ -38,7 +38,7 @@ def train(config, batches, mesh=(1, 1, 1), kernel="reference"):
 def start():
     """The first state, on the host: a step may not eat it."""
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    return jax.device_get(first_state(make_setup(small.config(), pretrain, small.model_config(), mesh, {}), ""))
+    return jax.device_get(first_state(make_setup(small.config(), pretrain.METHOD, small.model_config(), mesh, {}), ""))
 
 
 @functools.cache
@@ -90,7 +90,9 @@ def test_any_mesh_equals_one_device(mesh):
 def test_a_step_is_compiled_as_its_platform_wants_it(monkeypatch):
     monkeypatch.setattr("latent_jax.step.compiler_options", lambda platform: {f"made_up_for_{platform}": 1})
     config = small.config()
-    setup = make_setup(config, pretrain, small.model_config(), sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {})
+    setup = make_setup(
+        config, pretrain.METHOD, small.model_config(), sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {}
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="made_up_for_cpu"):
         make_step(setup).lower(setup.abstract(), small.batches(config, 1)[0]).compile()
 

@@ -30,6 +30,7 @@ from latent_jax.runtime import files
 from latent_jax.runtime.progress import Progress
 from latent_jax.settings import mixture
 
+FILES = ("imagination.json", pictures.CURVES, pictures.NEIGHBOURS)  # what `run` writes into the workdir
 ARMS = ("imagined", "true latents", "mean latents", "untrained head", "caption as text")
 # Records that one compiled call takes: of the probe, and of the held-out latents.
 CHUNK, BATCH = 32, 64
@@ -84,7 +85,7 @@ def run(model: LatentVLM, config, codec: Codec, directory: Path, say: Callable[[
     name = mixture(config.data.name)[0][0]
     split = f"records of {config.data.split}" if config.data.holdout else config.evaluate.split
     found = {"examples": len(records), "split": split, "data": name, **found}
-    files.write_text(directory / "imagination.json", json.dumps(found, indent=2) + "\n")
+    files.write_text(directory / FILES[0], json.dumps(found, indent=2) + "\n")
     made, failed = pictures.draw(directory, records, *seen, f"{split} of {name}")
     lines = [*table(found), *legend(found), *failed]
     if made:

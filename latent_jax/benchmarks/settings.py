@@ -9,7 +9,7 @@ from latent_jax.fields import option
 from latent_jax.settings import check_pixels
 
 # What may stand where a model predicts latents: its own, an intervention, or none.
-LATENTS = ("own", "zero", "noise", "mean", "shuffled", "none")
+LATENTS = ("own", "zero", "noise", "mean", "shuffled", "permuted", "donor", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,15 @@ class Evaluate:
     batch_size: int = option(16, "questions asked at a time", low=1, resumable=True)
     max_new_tokens: int = option(0, "longest reply; 0 = the benchmark's own", low=0)
     examples: int = option(0, "questions asked, from the first; 0 = all", low=0, resumable=True)
-    imagine: bool = option(False, "ask for latents after each prompt, and for the answer over them (method imagine)")
+    imagine: bool | None = option(
+        None,
+        "ask for latents after each prompt, and for the answer over them; none = as the checkpoint's method was made",
+    )
     latents: str = option("own", "what stands where latents are predicted", choices=LATENTS)
     interventions: bool = option(
         False, "then repeat it with every other thing in the latents' place, and compare", resumable=True
     )
+    donors: str = option("", "latents=donor: JSON file {question id: id of the question whose latents it gets}")
     choices: str = option("", "GQA's *_choices.json, for validity and plausibility", resumable=True)
 
 
@@ -89,11 +93,17 @@ def check(config: Evaluation) -> None:
         )
     if config.evaluate.choices and not hasattr(module, "check_choices"):
         raise UserError(f"config.evaluate.choices: {config.benchmark} has no choices file, expected ''")
-    if config.evaluate.latents != "own" and (config.evaluate.interventions or not config.evaluate.imagine):
+    imagine = config.evaluate.imagine is not False  # None is settled once the checkpoint is known
+    if config.evaluate.latents != "own" and (config.evaluate.interventions or not imagine):
         raise UserError(
             f"config.evaluate.latents: got {config.evaluate.latents!r}; it takes config.evaluate.imagine=true and "
             "config.evaluate.interventions=false"
         )
-    if config.evaluate.interventions and not config.evaluate.imagine:
+    if (config.evaluate.latents == "donor") != bool(config.evaluate.donors) and not config.evaluate.interventions:
+        raise UserError(
+            f"config.evaluate.donors: got {config.evaluate.donors!r} with config.evaluate.latents="
+            f"{config.evaluate.latents}; expected a file with latents=donor or interventions=true, and none else"
+        )
+    if config.evaluate.interventions and not imagine:
         raise UserError("config.evaluate.interventions: got true; it takes config.evaluate.imagine=true")
     check_pixels(config.data)

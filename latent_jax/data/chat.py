@@ -105,7 +105,7 @@ class Codec:
         messages: object,  # checked by data/messages.py: bad ones are a UserError
         add_generation_prompt: bool = False,
         *,
-        imagined_grid: tuple[int, int] | None = None,
+        imagined_grid: int | tuple[int, int] | None = None,
         image_loss: bool = False,
         key: str = "",
     ) -> Layout:
@@ -138,7 +138,7 @@ class Codec:
         self,
         conversations: Sequence[Sequence[Mapping]],
         *,
-        imagined_grid: tuple[int, int] | None = None,
+        imagined_grid: int | tuple[int, int] | None = None,
         image_loss: bool = False,
         key: str = "",
     ) -> Layout:

@@ -60,7 +60,7 @@ def normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sour
         elif kind == "video" and part.get("video") is not None:
             visuals.append(Video(index_of(_frames(part["video"], key)), _seconds(part, temporal_patch_size, key)))
         elif kind == "imagine" and (grid := part.get("grid") or imagined_grid) is not None:
-            shape = fields.check(f"{record(key)}grid", grid, tuple[int, int], dict(low=1, high=256))
+            shape = fields.check(f"{record(key)}grid", grid, int | tuple[int, int], dict(low=1, high=256))
             visuals.append(Slots(shape, source="given"))
         else:
             raise UserError(
@@ -75,6 +75,30 @@ def normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sour
         shown = content if isinstance(content, str) else [plain(part) for part in content]
         result.append({**message, "content": shown})
     return result, visuals
+
+
+def imagine_parts(messages) -> list[dict]:
+    """The imagine parts of a conversation: any number with text, or one without. Raises UserError for anything else."""
+    content = (message["content"] for message in messages if not isinstance(message["content"], str))
+    found = [part for parts in content for part in parts if part.get("type") == "imagine"]
+    texts = [part["text"] for part in found if "text" in part]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError("an 'imagine' part holds no text; expected a description, or no 'text' at all")
+    if len(found) > 1 and any("text" not in part for part in found):
+        raise UserError(
+            "an 'imagine' part without 'text' beside another; expected it to be its conversation's only one"
+        )
+    return found
+
+
+def without_imagined(messages) -> list[dict]:
+    """The conversation with its imagine parts taken out."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [part for part in message["content"] if part.get("type") != "imagine"]}
+        for message in messages
+    ]
 
 
 def _local(source, key: str):

@@ -11,7 +11,7 @@ import queue
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -152,6 +152,23 @@ def _draw(codec: Codec, layout: Layout, size: Size) -> Example:
         if size_of(example) != size:
             raise UserError(f"record {layout.key!r}: its images have another size than their headers say")
     return example
+
+
+def usable(records: Iterable[dict], layout_fn: LayoutFn, codec: Codec, budgets: Budgets) -> Iterator[Example]:
+    """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
+    first, count = None, 0
+    for index, record in enumerate(records):
+        try:
+            with telling(record):
+                example = codec.lay_out(layout_fn(record, index))
+                budgets.check(example)
+        except UserError as problem:
+            first = first or problem
+            continue
+        count += 1
+        yield example
+    if first and not count:
+        raise UserError(f"no usable record: {first}")
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ def measure(options) -> Report:
     with models.checkpoint(options.model, options.width, options.layers) as directory:
         loaded = vlm.load(directory, "float32", devices if len(devices) > 1 else None)
         batch = conversations(options.batch)
-        examples, given, _ = loaded.prompts(batch)
-        copies, new = loaded.copies or (loaded.model.vlm,), options.max_new_tokens
+        examples, given = loaded.prompts(batch)
+        copies, new = loaded.copies or (loaded.model,), options.max_new_tokens
         answers: dict[str, list[list[int]]] = {}
 
         def ours() -> None:

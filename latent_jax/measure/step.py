@@ -67,7 +67,7 @@ def measure(options) -> Report:
     examples = sum(batch.examples for batch in batches)
     lines, numbers = timing.compared("examples", examples, times)
     work = sum((flops.count(batch.packed) for batch in batches[1:]), flops.count(batches[0].packed))
-    text, vision = flops.Ledger(model_config, "all", "cpu", mesh.size).flops(work)
+    text, vision = flops.Ledger(model_config, "cpu", mesh.size, vision="weights").flops(work)
     rate = (text + vision) / times["ours"].median / 1e9
     rows = [len(batch.conversations) for batch in batches]
     fill = budgeting.fill([packing.size_of(e) for e in _laid_out(config, codec, 512)], budgets)
@@ -164,7 +164,7 @@ def _conversation(image: PIL.Image.Image, question: str, answer: str) -> list[di
 
 
 def _ours(config, directory: Path, model_config, mesh, batches: list[Batch]) -> Callable[[], list[float]]:
-    setup = make_setup(config, sft, model_config, mesh, {})
+    setup = make_setup(config, sft.METHOD, model_config, mesh, {})
     state = first_state(setup, hf_io.resolve(directory))
     step, place = make_step(setup), sharding.batch_sharding(mesh)
 

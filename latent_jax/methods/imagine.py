@@ -14,28 +14,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.data.layout import Layout, Room, Slots
+from latent_jax.data.layout import Layout, Room
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
+from latent_jax.methods.contract import Method, Statistics
 from latent_jax.models.heads import LatentHead, LatentVLM
-
-SECTIONS = {"loss": sft.Loss, "chat": sft.Chat, "latent": pretrain.Latent}
 
 
 def layout(record: dict, index: int, config, codec) -> Layout:
     """Questions about the image as views of it, slots after each question; image -> caption as it is in `sft`."""
     shown = sft.conversations(record, index, config, imagine=True)
     grid = pretrain.imagined_grid(config.latent)
-    return with_slots(codec.render_conversations(shown, imagined_grid=grid, key=record["key"]))
-
-
-def with_slots(shown: Layout) -> Layout:
-    """The first pass of a layout: slots where imagined latents will stand."""
-
-    def slotted(parts):
-        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
-
-    return dataclasses.replace(shown, trunk=slotted(shown.trunk), views=tuple(map(slotted, shown.views)))
+    return pretrain.with_slots(codec.render_conversations(shown, imagined_grid=grid, key=record["key"]))
 
 
 def room(config) -> Room:
@@ -67,9 +57,6 @@ def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
     return pretrain.fit(model, batches, config)
 
 
-coefficients, weights = sft.coefficients, sft.weights
-
-
 def loss(model: LatentVLM, batch: dict[str, Array], config):
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
     options = dict(remat=config.model.remat, unroll=config.model.unroll)
@@ -93,3 +80,19 @@ def replace(
     index = jnp.where(mask, index, B * T).reshape(G, -1)
     put = jax.vmap(lambda x, index, latents: x.at[index].set(latents.astype(x.dtype), mode="drop"))
     return put(x.reshape(G, B * T, D), index, latents.reshape(G, -1, D)).reshape(G, B, T, D)
+
+
+METHOD = Method(
+    sections={"loss": sft.Loss, "chat": sft.Chat, "latent": pretrain.Latent},
+    layout=layout,
+    coefficients=sft.coefficients,
+    weights=sft.weights,
+    loss=loss,
+    room=room,
+    build_head=build_head,
+    heads=("pretrain",),
+    head_settings=pretrain.HEAD_SETTINGS,
+    passes=lambda config: 2,
+    think=dataclasses.replace(pretrain.THINK, answers=True),
+    statistics=Statistics(pretrain.statistics_examples, fit_layout, fit),
+)

@@ -15,14 +15,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from latent_jax import fields
 from latent_jax.data.layout import Layout, Read, Room, Slots, Text
+from latent_jax.data.messages import imagine_parts
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
 from latent_jax.fields import option
 from latent_jax.losses import alignment, next_token, similarity
 from latent_jax.losses.pooling import adaptive_pool
 from latent_jax.losses.schedule import piecewise
+from latent_jax.methods.contract import CachedTargets, Method, Statistics, Think
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.qwen2_5_vl.model import encode
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
@@ -72,34 +73,8 @@ class Latent:
     captions: str = option("random", "which of an image's captions an example takes", choices=("random", "first"))
 
 
-def read_latent(found: dict, where: str) -> Latent:
-    """The settings of a latent head from its JSON object. Raises UserError naming the key that is unknown or wrong."""
-    declared = Latent.__dataclass_fields__
-    if unknown := sorted(found.keys() - declared.keys()):
-        raise fields.unknown(f"{where}: {unknown[0][:80]}", unknown[0], declared)
-    checked = {
-        key: fields.check(f"{where}: {key}", value, fields.annotations(Latent)[key], declared[key].metadata)
-        for key, value in found.items()
-    }
-    return Latent(**checked)
-
-
-def check_head(found: dict, wanted: Latent, where: str) -> None:
-    """Raises UserError where a saved head was trained to read or predict something else than this run asks of it."""
-    saved = read_latent(found, where)
-    for key in ("grid", "space", "readout"):
-        if getattr(saved, key) != getattr(wanted, key):
-            raise UserError(
-                f"{where}: the latent head has {key} {getattr(saved, key)!r}, but config.latent.{key} is "
-                f"{getattr(wanted, key)!r}; expected the same"
-            )
-
-
-SECTIONS = {"loss": Loss, "latent": Latent}
-CACHED = ("grid", "space")  # the settings of Latent that decide what a latent cache holds
+HEAD_SETTINGS = ("latent.grid", "latent.space", "latent.readout")  # what decides what a head predicts and reads
 TERMS = ("next_token", "similarity", "alignment")
-REPORT = "latent_jax.analysis.imagination"
-REPORT_FILES = ("imagination.json", "curves.png", "neighbours.png")
 
 
 # ---------------------------------------------------------------- host half
@@ -187,6 +162,11 @@ def room(config) -> Room:
     """An image to predict, and what its latents are read from."""
     readout = config.latent.readout
     return Room(slots=config.latent.grid**2 if readout == "slots" else 0, targets=1, reads=int(readout == "last_token"))
+
+
+def statistics_examples(config) -> int:
+    """How many images the targets' statistics are measured on."""
+    return config.latent.statistics_examples
 
 
 def fit_layout(record: dict, index: int, config, codec) -> Layout:
@@ -281,6 +261,42 @@ def merge_latents(vlm, latents: Float[Array, "X S Z"], side: int) -> Float[Array
     return vlm.vision.merger(cells.reshape(X, side * side, Z).astype(vlm.vision.merger.fc1.dtype))
 
 
+def think_layouts(messages, config, codec, variant: str) -> list[Layout]:
+    """What is thought over for every imagine part: the caption sequence of its text, or, of the one part without text,
+    the conversation up to the answer with slots in the part's place."""
+    found = []
+    for part in imagine_parts(messages):
+        if "text" in part:
+            found.append(imagine_layout(part["text"], config.latent))
+        else:
+            shown = codec.render(messages, add_generation_prompt=True, imagined_grid=imagined_grid(config.latent))
+            found.append(with_slots(shown))
+    return found
+
+
+def with_slots(shown: Layout) -> Layout:
+    """A layout with learned slots where imagined latents will stand."""
+
+    def slotted(parts):
+        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
+
+    return dataclasses.replace(shown, trunk=slotted(shown.trunk), views=tuple(map(slotted, shown.views)))
+
+
+def think(model: LatentVLM, batch: dict[str, Array], config, keys, temperature):
+    """(latents (X, S, Z) fp32 in the encoder's own space, the input embeddings (X, M, D) that they stand for)."""
+    merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches)
+    slots = jnp.broadcast_to(model.head.slots[...], (1, *model.head.slots.shape)).astype(merged.dtype)
+    x = model.vlm.embed(batch["tokens"], batch["feature_index"], jnp.concatenate([merged, slots], axis=1))
+    hidden, _ = model.vlm.decode(x, batch)
+    found = read(hidden, model.head, batch, config.latent.readout)
+    if config.latent.readout != "slots" and "slot_index" in batch:  # latents of a context are always read at slots
+        at_slots = read(hidden, model.head, batch, "slots")
+        found = jnp.where(batch["slot_mask"][..., None], at_slots, found)
+    latents = model.head.restore(model.head(found))[0]
+    return latents, as_inputs(model.vlm, latents, config.latent)
+
+
 def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Array], readout: str):
     """The hidden states that the head reads, (G, E, S, D)."""
     G, B, T, D = hidden.shape
@@ -355,3 +371,27 @@ def align(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Arr
             predicted, target, mask, logit_scale=head.logit_scale[...], logit_bias=head.logit_bias[...]
         )
     return alignment.relational(predicted, target, mask)
+
+
+THINK = Think(shape=lambda config: imagined_grid(config.latent), layouts=think_layouts, run=think)
+
+METHOD = Method(
+    sections={"loss": Loss, "latent": Latent},
+    layout=layout,
+    coefficients=coefficients,
+    weights=weights,
+    loss=loss,
+    room=room,
+    build_head=build_head,
+    heads=("imagine",),
+    head_settings=HEAD_SETTINGS,
+    think=THINK,
+    statistics=Statistics(statistics_examples, fit_layout, fit),
+    targets=CachedTargets(
+        made_from=lambda config: {"grid": config.latent.grid, "space": config.latent.space},
+        shape=lambda model_config, config: (config.latent.grid**2, target_size(model_config, config.latent.space)),
+        layout=cache_layout,
+        encode=cache_targets,
+    ),
+    report="latent_jax.analysis.imagination",
+)

@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.benchmarks.rows import conversation
-from latent_jax.data.layout import Layout, Room
+from latent_jax.data.layout import Layout
 from latent_jax.data.prompts import described
 from latent_jax.errors import UserError
 from latent_jax.fields import option
 from latent_jax.losses import next_token
 from latent_jax.losses.schedule import piecewise
+from latent_jax.methods.contract import Method
 from latent_jax.models.heads import LatentVLM
 
 
@@ -43,9 +44,6 @@ class Chat:
         choices=("benchmark", "plain"),
     )
     suffix: str = option("", "plain only: what follows each question, such as an instruction to answer in one word")
-
-
-SECTIONS = {"loss": Loss, "chat": Chat}
 
 
 def layout(record: dict, index: int, config, codec) -> Layout:
@@ -95,16 +93,6 @@ def _benchmark(dataset: str):
     return found if hasattr(found, "SCORERS") else None
 
 
-def room(config) -> Room:
-    """Nothing beside tokens and images."""
-    return Room()
-
-
-def build_head(model_config, config, rngs) -> None:
-    """Fine-tuning adds nothing to the model."""
-    return
-
-
 def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
     return {"next_token": config.loss.next_token_weight * piecewise(config.loss.next_token_schedule, fraction)}
 
@@ -131,3 +119,8 @@ def scored(model: LatentVLM, x: Float[Array, "G B T D"], batch: dict[str, Array]
         batch["loss_weights"].reshape(-1, T),
     )
     return {"next_token": (total, weight)}, {f"next_token/{key}": value for key, value in extra.items()}
+
+
+METHOD = Method(
+    sections={"loss": Loss, "chat": Chat}, layout=layout, coefficients=coefficients, weights=weights, loss=loss
+)

@@ -39,7 +39,7 @@ class LatentHead(nnx.Module):
     ):
         declare = Declare(dict(S=slots, D=hidden, F=width, Z=target), rngs, jnp.float32)
         # Rows of a trained embedding table are small; slots start at a similar scale.
-        self.slots = declare.normal("S D", "D")
+        self.slots = declare.normal("S D", "D", decay=False)
         self.norm = declare.constant("D", 1.0)
         self.fc1 = declare.normal("D F", "D")
         self.fc1_bias = declare.constant("F")

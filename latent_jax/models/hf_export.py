@@ -103,7 +103,7 @@ def save(
             written = _write(partial, shards, Path(source) if source else None, dtype, limits or {})
             latent = latent or (load_latent(source) if source else None)
             if latent:
-                written[LATENT_WEIGHTS] = save_latent(partial, *latent, unsound)
+                written |= save_latent(partial, *latent, unsound)
             sums.write(partial, written)
             if own or card:
                 with whole(partial / CARD) as file:
@@ -163,10 +163,10 @@ def _own_card(directory: Path) -> bytes | None:
 def save_latent(
     directory: str | Path, tensors: Mapping[str, np.ndarray], config: dict, unsound: list[str] | None = None
 ) -> dict:
-    """Writes `latent_head.safetensors` and `latent_config.json` (any JSON) into an existing directory.
+    """Writes `latent_head.safetensors`, where there are tensors, and `latent_config.json` (any JSON) into a directory.
 
-    A tensor that is not finite goes into `unsound`; UserError where that is None. Returns the tensors' checksums, see
-    `tensor_files.write`.
+    A tensor that is not finite goes into `unsound`; UserError where that is None. Returns {file: checksums of its
+    tensors}, see `tensor_files.write`.
     """
     entries = {name: tensor_files.Entry.of(np.asarray(tensor)) for name, tensor in tensors.items()}
     wrong = [name for name, tensor in tensors.items() if not np.isfinite(np.asarray(tensor)).all()]
@@ -174,19 +174,19 @@ def save_latent(
         raise UserError(f"the latent head's '{wrong[0]}' has values that are not finite; it is not exported")
     if wrong:
         unsound += wrong
-    written = tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)
+    written = {LATENT_WEIGHTS: tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)} if entries else {}
     write_json(Path(directory) / LATENT_CONFIG, config)
     return written
 
 
 def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """The inverse of `save_latent`; None where a checkpoint has neither file. UserError where it has only one, or where
-    it is not what was written."""
+    """The inverse of `save_latent`; None where a checkpoint has neither file. UserError where it has tensors alone, or
+    where it is not what was written."""
     weights, config = Path(directory) / LATENT_WEIGHTS, Path(directory) / LATENT_CONFIG
     written = sums.check(directory).get(LATENT_WEIGHTS)
     if not weights.exists() and not config.exists():
         return None
-    tensors = tensor_files.read(weights, written)
+    tensors = tensor_files.read(weights, written) if weights.exists() or written else {}
     for name, tensor in tensors.items() if written else ():
         sums.check_tensor(weights, name, tensor, written["tensors"].get(name))
     if not config.exists():

@@ -47,7 +47,7 @@ class LoRA(nnx.Module):
             outputs = " ".join(letter for letter in axes[1:] if letter not in inputs.split())
             declare = Declare(dict(zip(axes, weight.shape), r=rank), rngs, jnp.float32)
             setattr(self, f"{name}_a", declare.normal(f"L {inputs} r", inputs))
-            setattr(self, f"{name}_b", declare.constant(f"L r {outputs}"))
+            setattr(self, f"{name}_b", declare.constant(f"L r {outputs}", decay=True))
 
     def __call__(self, name: str, equation: str, x: Float[Array, "R T ..."]) -> Float[Array, "R T ..."]:
         """What one layer's adapter of matrix `name` adds to einsum(equation, x, matrix)."""

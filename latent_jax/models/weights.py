@@ -28,14 +28,18 @@ class Declare:
     def shape(self, axes: str) -> tuple[int, ...]:
         return tuple(int(a) if a.isdigit() else self.sizes[a] for a in axes.split())
 
-    def normal(self, axes: str, fan_in: str, scale: float = 1.0) -> nnx.Param:
-        """Normal values of standard deviation scale / sqrt(fan-in), the fan-in being the product of the named axes."""
+    def normal(self, axes: str, fan_in: str, scale: float = 1.0, decay: bool = True) -> nnx.Param:
+        """Normal values of standard deviation scale / sqrt(fan-in), the fan-in being the product of the named axes.
+
+        decay: whether weight decay is for it: for matrices, not for embeddings that are added to or stand alone.
+        """
         std = scale / math.sqrt(math.prod(self.shape(fan_in)))
         value = jax.random.normal(self.rngs.params(), self.shape(axes), jnp.float32) * std
-        return nnx.Param(value.astype(self.dtype), axes=axes)
+        return nnx.Param(value.astype(self.dtype), axes=axes, decay=decay)
 
-    def constant(self, axes: str, value: float = 0.0) -> nnx.Param:
-        return nnx.Param(jnp.full(self.shape(axes), value, self.dtype), axes=axes)
+    def constant(self, axes: str, value: float = 0.0, decay: bool = False) -> nnx.Param:
+        """One value everywhere: norms, biases and scalars, which do not decay, unless told."""
+        return nnx.Param(jnp.full(self.shape(axes), value, self.dtype), axes=axes, decay=decay)
 
     def statistic(self, axes: str, value: float) -> Statistic:
         return Statistic(jnp.full(self.shape(axes), value, jnp.float32), axes=axes)
@@ -63,6 +67,10 @@ class Structure:
     def trained(self, path: str) -> bool:
         """Whether the variable is a weight rather than a statistic."""
         return isinstance(self.variables[path], nnx.Param)
+
+    def decayed(self, path: str) -> bool:
+        """Whether weight decay is for it, as it was declared."""
+        return self.variables[path].get_metadata("decay")
 
     def shape(self, path: str) -> tuple[int, ...]:
         return self.variables[path].shape

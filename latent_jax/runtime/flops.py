@@ -3,7 +3,8 @@
 The convention, everywhere in this project: a multiply-add is two FLOPs; causal attention is halved; recomputation
 (remat) and padding do not count; the logits count where they are supervised; a trained tower costs three forward passes
 and a frozen one costs one; with adapters (LoRA) no weight gradient is formed, so that matmuls with weights cost two and
-attention three; the vision tower is reported apart; peaks are dense bf16. Norms, rotary angles, softmax and the
+attention three; what a method runs the language model's blocks for beside the pass that is scored counts like it, but
+without logits; the vision tower is reported apart; peaks are dense bf16. Norms, rotary angles, softmax and the
 methods' small heads and adapters are left out (below 1 % at any published size; of adapters, at rank 16). On the tiny
 model the compiler counts 3.5 % more than this ledger does when told to count padding, whole rows of pairs and all
 logits too (a test holds that).
@@ -12,6 +13,7 @@ logits too (a test holds that).
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -81,19 +83,19 @@ def count(batch: Mapping[str, np.ndarray]) -> Work:
     )
 
 
-def text_forward(config: TextConfig, work: Work) -> float:
-    """FLOPs of the language model's forward pass."""
+def text_forward(config: TextConfig, work: Work, passes: int = 1) -> float:
+    """FLOPs of the language model's forward passes, of which one has logits."""
     # Scores and weighted values: two products of head size h for each pair and head.
     attention = 2 * 2 * config.num_attention_heads * config.head_size * work.pairs
-    return text_matmuls(config, work) + float(config.num_hidden_layers * attention)
+    return text_matmuls(config, work, passes) + float(passes * config.num_hidden_layers * attention)
 
 
-def text_matmuls(config: TextConfig, work: Work) -> float:
+def text_matmuls(config: TextConfig, work: Work, passes: int = 1) -> float:
     """The part of `text_forward` that is matmuls with weights, the logits among them."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_size
     weights = d * n * h + 2 * d * k * h + n * h * d + 3 * d * f
-    return float(config.num_hidden_layers * 2 * weights * work.tokens + 2 * d * v * work.supervised)
+    return float(passes * config.num_hidden_layers * 2 * weights * work.tokens + 2 * d * v * work.supervised)
 
 
 def vision_forward(config: VisionConfig, work: Work) -> float:
@@ -107,29 +109,33 @@ def vision_forward(config: VisionConfig, work: Work) -> float:
     return float(2 * work.channels * d * work.patches + blocks + merger)
 
 
+Learnt = Literal["weights", "adapters", "nothing"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ledger:
     """Turns batches and seconds into utilisation.
 
     Args:
       config: the model's shape.
-      trainable: `model.trainable` of the run's config, `language` or `all`.
       device_kind, devices: one device's kind as jax names it, and how many share the step.
-      lora: adapters are trained, the language model's weights are not.
+      text, vision: what learns of the language model and of the vision tower; nothing = no gradient passes through.
+      passes: how often a step runs the language model's blocks over the batch.
     """
 
     config: Config
-    trainable: str
     device_kind: str
     devices: int
-    lora: bool = False
+    text: Learnt = "weights"
+    vision: Learnt = "nothing"
+    passes: int = 1
 
     def flops(self, work: Work) -> tuple[float, float]:
         """FLOPs of a training step on all devices together: (language model, vision tower)."""
-        text = 3 * text_forward(self.config.text, work)
-        if self.lora:
-            text -= text_matmuls(self.config.text, work)
-        return text, (3 if self.trainable == "all" else 1) * vision_forward(self.config.vision, work)
+        text = (1 if self.text == "nothing" else 3) * text_forward(self.config.text, work, self.passes)
+        if self.text == "adapters":
+            text -= text_matmuls(self.config.text, work, self.passes)
+        return text, (1 if self.vision == "nothing" else 3) * vision_forward(self.config.vision, work)
 
     def utilisation(self, work: Work, seconds: float) -> dict[str, float]:
         """{"mfu": language model, "mfu_vision": vision tower}, fractions of the peak; {} where it is not known."""

@@ -25,8 +25,8 @@ COUNT = 6
 def facade():
     """Random weights that still answer with one color and then end, which of the colors by what they have seen."""
     config, codec = small.config(), small.codec()
-    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain, small.model_config())))
-    arrays = jax.jit(lambda: structure.arrays(new_model(config, pretrain, small.model_config())))()
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain.METHOD, small.model_config())))
+    arrays = jax.jit(lambda: structure.arrays(new_model(config, pretrain.METHOD, small.model_config())))()
     arrays = {path: np.array(array) for path, array in arrays.items()}
     rng = np.random.default_rng(0)
     ids = codec.tokenizer.convert_tokens_to_ids
@@ -43,7 +43,7 @@ def facade():
     for path in ("head.slots", "head.fc1", "head.fc2"):
         arrays[path] = arrays[path] * 4
     model = structure.build({path: jnp.asarray(array) for path, array in arrays.items()})
-    return VLM(model, codec, config.latent, (end,), "small")
+    return VLM(model, codec, config, (end,), "small")
 
 
 def said(facade, content, question) -> str:
@@ -85,9 +85,9 @@ def over_text(facade, records):
 
 def test_answers_are_those_of_greedy_decoding(facade, records):
     asked = records[:COUNT]
-    latents, texts = imagination.probe_layouts(asked, facade.latent, facade.codec)
+    latents, texts = imagination.probe_layouts(asked, facade.settings.latent, facade.codec)
     z = jnp.stack([facade.imagine(record["captions"][0]) for record in asked])
-    given = pretrain.as_inputs(facade.model.vlm, z, facade.latent)
+    given = pretrain.as_inputs(facade.model.vlm, z, facade.settings.latent)
     found = imagination.answers(facade.model, [facade.codec.lay_out(layout) for layout in latents], given)
     expected = over_imagined(facade, asked)
     assert found.tolist() == expected and 3 <= sum(expected) < len(expected)
@@ -96,7 +96,7 @@ def test_answers_are_those_of_greedy_decoding(facade, records):
 
 
 def test_chunks_change_no_answer(facade, records, monkeypatch):
-    texts = imagination.probe_layouts(records[:COUNT], facade.latent, facade.codec)[0]
+    texts = imagination.probe_layouts(records[:COUNT], facade.settings.latent, facade.codec)[0]
     examples = [facade.codec.lay_out(layout) for layout in texts]
     given = jnp.asarray(np.random.default_rng(1).normal(size=(COUNT, 4, 64)), jnp.float32)
     whole = imagination.answers(facade.model, examples, given)

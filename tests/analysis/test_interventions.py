@@ -1,6 +1,8 @@
 """Interventions on latents: every one evaluated, compared with the model's own, and what is told of the latents."""
 
 import json
+import types
+import zlib
 
 import numpy as np
 import pytest
@@ -11,10 +13,45 @@ from latent_jax.analysis import interventions
 from latent_jax.benchmarks.settings import LATENTS
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend
+from latent_jax.imagined import Thought
 from tests import test_imagined as imagined
 from tests.reference import benchmark_records as records
 
-GEOMETRY = {"count": 4, "pairwise_cosine": 0.5, "pairwise_cosine_centred": 0.1, "norm_ratio": 1.0}
+SLOTS, WIDTH = 3, 4
+
+
+class Facade:
+    """Thinks three vectors that are the question's alone, and is right where `right` says so of what stands there."""
+
+    model = types.SimpleNamespace(head=None)
+
+    def __init__(self, answers: dict[str, str], right):
+        self.answers, self.right, self.asked = answers, right, []
+
+    def think(self, conversations):
+        return [[Thought(thought(question(turns)), thought(question(turns)))] for turns in conversations]
+
+    def generate(self, conversations, tokens, thoughts=None, seed=0):
+        thoughts = (
+            [[own.inputs for own in each] for each in self.think(conversations)] if thoughts is None else thoughts
+        )
+        self.asked += [(question(turns), given) for turns, given in zip(conversations, thoughts, strict=True)]
+        pairs = zip(conversations, thoughts, strict=True)
+        return [self.answers[question(t)] if self.right(question(t), given) else "nothing" for t, given in pairs]
+
+
+def question(turns) -> str:
+    parts = turns[0]["content"]
+    assert parts[-1] == {"type": "imagine"}
+    return parts[-2]["text"].partition("\n")[0]
+
+
+def thought(text: str) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(text.encode())).normal(size=(SLOTS, WIDTH)).astype(np.float32)
+
+
+def backend(vlm):
+    return lambda config: Backend(lambda c, tokens: vlm.generate(c, tokens), dict(min_pixels=1, max_pixels=2), vlm)
 
 
 def config(**changes):
@@ -34,48 +71,78 @@ def data(monkeypatch):
 
 
 def test_every_intervention_is_compared_with_the_models_own(data, tmp_path, capsys):
-    """A model that is right about four of five questions with its own latents, and about none with others."""
-    asked = []
-
-    def backend(config):
-        def answer(conversations, tokens):
-            content = [turns[0]["content"] for turns in conversations]
-            assert all((parts[-1] == {"type": "imagine"}) for parts in content)
-            asked.append((config.evaluate.latents, len(conversations)))
-            prompts = [parts[-2]["text"].partition("\n")[0] for parts in content]
-            right = [data[prompt] if config.evaluate.latents in ("own", "noise") else "nothing" for prompt in prompts]
-            return [answer if answer != "red" else "pink" for answer in right]
-
-        return Backend(answer, {"name": "fake", "min_pixels": 1, "max_pixels": 2}, lambda conversations: GEOMETRY)
-
-    evaluate.run(config(interventions=True, batch_size=8), tmp_path, backend)
+    """A model that is right where its own latents stand, in whatever order, and nowhere else."""
+    same = lambda text, given: len(given) and np.array_equal(np.sort(given[0], 0), np.sort(thought(text), 0))
+    evaluate.run(config(interventions=True, batch_size=8), tmp_path, backend(Facade(data, same)))
     found = json.loads((tmp_path / "interventions.json").read_text())
-    wrong = sum(answer == "red" for answer in data.values())
-    own = 100 * (9 - wrong) / 9
-    assert found["own"] == pytest.approx(own) and found["latents"] == GEOMETRY
-    assert list(found["interventions"]) == list(LATENTS[1:])
+    assert found["own"] == 100 and found["latents"]["count"] == 9
+    assert list(found["interventions"]) == [name for name in LATENTS[1:] if name != "donor"]
     for name, result in found["interventions"].items():
-        assert result["difference"] == pytest.approx(0 if name == "noise" else -own), name
-    # Alone, nothing could be shuffled: the ninth question had another beside it.
-    assert [size for mode, size in asked if mode == "shuffled"] == [8, 2]
-    assert [size for mode, size in asked if mode == "own"] == [8, 1]
+        assert result["difference"] == (0 if name == "permuted" else -100), name
     assert json.loads((tmp_path / "latents_zero" / "results.json").read_text())["latents"] == "zero"
     said = capsys.readouterr().out
-    assert f"own: {own:.2f} %" in said and all(f"  {name} " in said for name in LATENTS[1:])
+    assert "own: 100.00 %" in said and all(f"  {name} " in said for name in found["interventions"])
+
+
+@pytest.mark.parametrize("name", [name for name in LATENTS if name not in ("own", "donor", "none")])
+def test_what_stands_there_is_of_the_split_and_the_question_never_of_the_batch(data, tmp_path, name):
+    seen = []
+    for size, examples in ((1, 0), (4, 0), (9, 5)):
+        vlm = Facade(data, lambda text, given: True)
+        evaluate.run(config(latents=name, batch_size=size, examples=examples), tmp_path / f"{size}", backend(vlm))
+        seen.append({text: given[0] for text, given in vlm.asked})
+    assert len(seen[0]) == len(seen[1]) == 9 and len(seen[2]) == 5
+    for other in seen[1:]:
+        for text, given in other.items():
+            np.testing.assert_array_equal(given, seen[0][text])
+
+
+def test_each_replacement_is_what_it_says(data, tmp_path):
+    own = {text: thought(text) for text in data}
+    sample = np.stack(list(own.values()))
+    found = {}
+    for name in LATENTS[1:]:
+        vlm, told = Facade(data, lambda text, given: True), {"latents": name}
+        if name == "donor":
+            ids = [q["id"] for record in evaluate.sources.open_source("", "", "") for q in record["questions"]]
+            (tmp_path / "donors.json").write_text(json.dumps(dict(zip(ids, [ids[2]] * len(ids), strict=True))))
+            told["donors"] = str(tmp_path / "donors.json")
+        evaluate.run(config(**told), tmp_path / name, backend(vlm))
+        found[name] = {text: given[0] if len(given) else None for text, given in vlm.asked}
+    texts = list(data)
+    for place, text in enumerate(texts):
+        assert found["none"][text] is None and not found["zero"][text].any()
+        np.testing.assert_allclose(found["mean"][text], sample.mean(0), atol=1e-6)
+        np.testing.assert_array_equal(found["shuffled"][text], own[texts[(place + 4) % 9]])
+        np.testing.assert_array_equal(found["donor"][text], own[texts[2]])
+        assert sorted(map(tuple, found["permuted"][text])) == sorted(map(tuple, own[text]))
+        assert not np.array_equal(found["permuted"][text], own[text])
+    noise = (np.stack(list(found["noise"].values())) - sample.mean(0)) / sample.std(0)
+    assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2 and len(np.unique(noise)) == noise.size
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"0": 1}', "no JSON"])
+def test_a_donor_that_is_no_question_is_named(data, tmp_path, content):
+    (tmp_path / "donors.json").write_text(content)
+    with pytest.raises(UserError, match=r"donors\.json: "):
+        told = config(latents="donor", donors=str(tmp_path / "donors.json"))
+        evaluate.run(told, tmp_path / "run", backend(Facade(data, lambda text, given: True)))
 
 
 def test_geometry_is_that_of_the_predicted_latents():
     vlm, conversations = imagined.facade(), [imagined.user(f"thing {i}", imagined.SILENT) for i in range(5)]
     found = interventions.geometry(vlm, conversations)
-    latents = np.stack([vlm.prompts([each]).latents[0] for each in conversations]).astype(np.float64)
-    flat = latents.reshape(5, -1)
-    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-    cosines = [unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
-    assert found["pairwise_cosine"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    latents = np.stack([vlm.think([each])[0][0].latents for each in conversations]).astype(np.float64)
+    for name, flat in (("", latents.reshape(5, -1)), ("_centred", (latents - latents.mean(0)).reshape(5, -1))):
+        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        cosines = [unit[i] @ unit[j] for i in range(5) for j in range(5) if i != j]
+        assert found[f"pairwise_cosine{name}"] == pytest.approx(np.mean(cosines), abs=1e-4)
     mean, scale = (np.asarray(x[...], np.float64) for x in (vlm.model.head.mean, vlm.model.head.scale))
-    true = np.sqrt((mean**2).sum() + (scale**2).sum())
-    assert found["norm_ratio"] == pytest.approx(np.sqrt((latents**2).sum(-1).mean()) / true, rel=1e-5)
-    assert found["count"] == 5 and found["pairwise_cosine_centred"] < 1
+    true, norm = np.sqrt((mean**2).sum() + (scale**2).sum()), np.sqrt((latents**2).sum(-1).mean())
+    assert found["norm"] == pytest.approx(norm, rel=1e-5) and found["norm_ratio"] == pytest.approx(
+        norm / true, rel=1e-5
+    )
+    assert found["count"] == 5
 
 
 @pytest.mark.parametrize(
@@ -85,6 +152,8 @@ def test_geometry_is_that_of_the_predicted_latents():
         (dict(latents="zero", interventions=True), "config.evaluate.latents: got 'zero'; it takes"),
         (dict(imagine=False, latents="zero"), "config.evaluate.latents: got 'zero'; it takes"),
         (dict(latents="ones"), "config.evaluate.latents: got 'ones', expected one of"),
+        (dict(latents="donor"), "config.evaluate.donors: got '' with config.evaluate.latents=donor"),
+        (dict(donors="a.json"), "config.evaluate.donors: got 'a.json' with config.evaluate.latents=own"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):

@@ -1,7 +1,6 @@
 """How full the batches of the shipped configs are: budgets from a sample of lengths, judged on other examples."""
 
 import dataclasses
-import importlib
 import runpy
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from latent_jax import config as schema
+from latent_jax import methods
 from latent_jax.assets import TINY_VL
 from latent_jax.data import budgeting, packing, pipeline, sources
 from latent_jax.data.builders.build import build_scenes
@@ -58,7 +58,7 @@ class WithLatents:
 @pytest.mark.parametrize(("file", "cached"), [("pretrain", False), ("pretrain", True), ("finetune", False)])
 def test_the_embedded_configs_fill_their_batches_with_scenes(scenes, file, cached):
     config = config_of(file)
-    method = importlib.import_module(f"latent_jax.methods.{config.method}")
+    method = methods.find(config.method)
     codec, source = Codec.from_directory(TINY_VL), sources.open_source(config.data.name, scenes, "train")
     source = WithLatents(source) if cached else source
     examples = pipeline.sample_examples(source, lambda *record: method.layout(*record, config, codec), codec, 400)

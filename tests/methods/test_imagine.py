@@ -27,7 +27,7 @@ def make_config(**sections):
 @functools.cache
 def model() -> LatentVLM:
     config = make_config()
-    make = lambda: new_model(config, imagine, small.model_config())  # noqa: E731
+    make = lambda: new_model(config, imagine.METHOD, small.model_config())  # noqa: E731
     structure = Structure.of(nnx.eval_shape(make))
     arrays = jax.jit(lambda: structure.arrays(make()))()
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def alone(content, answer) -> tuple[float, int]:
     codec, vlm, head = small.codec(), model().vlm, model().head
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     shown = codec.render(messages)
-    first = codec.lay_out(imagine.with_slots(shown))
+    first = codec.lay_out(pretrain.with_slots(shown))
     features = jnp.zeros((1, 64))
     if len(first.slots):
         rows = generate.one_per_row([first], vlm.config)
@@ -93,7 +93,9 @@ def test_packed_questions_equal_the_conversations_one_by_one():
         [image(record), {"type": "text", "text": "Describe the image."}], text.removesuffix("<|im_end|>")
     )
     np.testing.assert_allclose(terms["next_token"][0], total + loss, rtol=1e-4)
-    assert float(terms["next_token"][1]) == count + tokens == float(imagine.weights(packed(), config)["next_token"])
+    assert (
+        float(terms["next_token"][1]) == count + tokens == float(imagine.METHOD.weights(packed(), config)["next_token"])
+    )
 
 
 def test_the_answer_teaches_the_head_and_the_slots():

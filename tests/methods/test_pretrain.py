@@ -66,7 +66,7 @@ def made(config):
     """(checkpoint, torch model, structure, arrays): the checkpoint with a head that is random in every parameter."""
     directory, model = saved("small_patches")
     loaded = ours.load(directory)
-    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain, loaded.config)))
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, pretrain.METHOD, loaded.config)))
     rng = np.random.default_rng(5)
     arrays = {f"vlm.{path}": array for path, array in loaded.arrays.items()}
     for path in structure.variables:
@@ -231,16 +231,14 @@ def test_terms_of_a_packed_batch_equal_the_examples_one_by_one(variant):
 
 
 def test_what_is_imagined_after_training_is_what_training_predicted():
-    """The facade's `predict` on captions alone, in the encoder's own space."""
+    """The facade's `imagine` on captions alone, in the encoder's own space."""
     for variant in ("slots", "mean_text"):
         config = make_config(**VARIANTS[variant], data=dict(replay=0.0))
         loaded, _, structure, arrays = made(config)
         weights = head_weights(arrays)
-        layouts = [pretrain.imagine_layout(caption, config.latent) for caption in CAPTIONS[:3]]
-        found = imagined.from_texts(
-            structure.build(arrays), [loaded.codec.lay_out(each) for each in layouts], config.latent
-        )
-        for caption, latents in zip(CAPTIONS, np.asarray(found), strict=False):
+        said = [[{"role": "user", "content": [{"type": "imagine", "text": each}]}] for each in CAPTIONS[:3]]
+        found = imagined.think([structure.build(arrays)], loaded.codec, config, said)
+        for caption, ((latents, _),) in zip(CAPTIONS, found, strict=False):
             want = latent.head(weights, caption_states(config, caption)[0]) * weights["scale"] + weights["mean"]
             np.testing.assert_allclose(latents, want, atol=1e-4 * np.abs(want).max())
 

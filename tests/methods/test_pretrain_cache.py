@@ -133,14 +133,14 @@ def encoder(config, mesh=None) -> encode.Encoder:
     model_config = dataclasses.replace(
         from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std
     )
-    return encode.Encoder(config, pretrain, codec, model_config, origin, mesh or sharding.make_mesh(2, 4, 1))
+    return encode.Encoder(config, pretrain.METHOD, codec, model_config, origin, mesh or sharding.make_mesh(2, 4, 1))
 
 
 def one_by_one(made: encode.Encoder, source) -> dict[int, np.ndarray]:
     """Every image alone in a batch, through the whole model's encoder."""
     found = {}
     setup = state.make_setup(
-        made.config, pretrain, made.model_config, sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {}
+        made.config, pretrain.METHOD, made.model_config, sharding.make_mesh(1, 1, 1, jax.devices()[:1]), {}
     )
     weights = state.first_state(setup, made.origin)
     model = setup.build(weights.trainable, weights.frozen)
@@ -177,7 +177,7 @@ def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp
     made, source = encoder(config), Pictures(9)
     [(cached, _)] = made.beside([(source, 1.0)], lambda line: None)
     messages = {}
-    layout = settling.layout_of(pretrain, config, made.codec)
+    layout = settling.layout_of(pretrain.METHOD, config, made.codec)
     budgets = budgeting.choose(pipeline.sample_examples(cached, layout, made.codec, 4), batch_size=8)
     for index, record in enumerate(cached):
         found = pipeline._lay_out(layout, made.codec, budgets, False, index, record)
@@ -199,7 +199,7 @@ def test_a_cache_belongs_to_its_encoder_and_its_method(scenes, tmp_path):
     ):
         with pytest.raises(UserError, match=rf"made from something else: .*{words}"):
             encoder(make_config(scenes, tmp_path, **changes)).open("scenes", 9)
-    without = dataclasses.replace(encoder(config), method=sft)
+    without = dataclasses.replace(encoder(config), method=sft.METHOD)
     with pytest.raises(UserError, match="has no latent targets to keep"):
         without.beside([], lambda line: None)
     for changes in (dict(trainable="all"), dict(init="random")):

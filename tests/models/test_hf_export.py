@@ -175,18 +175,17 @@ def test_latent_tensors_stand_beside_the_weights_and_travel_on(made, tmp_path):
     assert not report["unexpected_keys"]
 
 
-@pytest.mark.parametrize(
-    ("lost", "message"),
-    [
-        ("latent_config.json", r"latent_config\.json: no such file, but latent_head\.safetensors stands beside it"),
-        ("latent_head.safetensors", r"latent_head\.safetensors: no such file"),
-    ],
-)
-def test_half_a_latent_head_is_an_error(tmp_path, lost, message):
+def test_a_head_without_its_settings_is_an_error_and_settings_alone_are_not(made, tmp_path):
+    """Not every method that thinks before an answer has a head; whether one is missing, its method knows."""
     hf_export.save_latent(tmp_path, LATENT, {})
-    (tmp_path / lost).unlink()
-    with pytest.raises(UserError, match=message):
+    (tmp_path / "latent_config.json").unlink()
+    missing = r"latent_config\.json: no such file, but latent_head\.safetensors stands beside it"
+    with pytest.raises(UserError, match=missing):
         hf_export.load_latent(tmp_path)
+    output = export(made, tmp_path / "b", latent=({}, {"method": "one"}))
+    assert not (output / "latent_head.safetensors").exists()
+    assert hf_export.load_latent(output) == ({}, {"method": "one"})
+    assert hf_export.load_latent(export(output, tmp_path / "c")) == ({}, {"method": "one"})
 
 
 def test_an_earlier_export_is_replaced_whole(made, tmp_path):

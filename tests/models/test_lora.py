@@ -34,7 +34,7 @@ def adapted_config(**sections):
 
 def setup(config, mesh=(1, 1, 1), dtypes=None):
     mesh = sharding.make_mesh(*mesh, jax.devices()[: np.prod(mesh)])
-    return make_setup(config, pretrain, small.model_config(), mesh, dtypes or {})
+    return make_setup(config, pretrain.METHOD, small.model_config(), mesh, dtypes or {})
 
 
 @functools.cache
@@ -211,7 +211,7 @@ def test_what_does_not_go_together_is_an_error():
 def test_a_method_without_a_head_trains_adapters_alone():
     config = small.config("sft", model={"lora_rank": 2})
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    ready = make_setup(config, sft, small.model_config(), mesh, {})
+    ready = make_setup(config, sft.METHOD, small.model_config(), mesh, {})
     assert ready.trainable and all(".lora." in path for path in ready.trainable)
 
 

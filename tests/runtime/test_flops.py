@@ -111,7 +111,7 @@ def test_a_whole_model_against_the_compiler(trained):
     work = dataclasses.replace(
         NOTHING, tokens=B * T, supervised=B * T, pairs=B * T * T, patches=P, window_pairs=seen, image_pairs=P * P
     )
-    text, vision = flops.Ledger(TINY, "all", "cpu", 1).flops(work)
+    text, vision = flops.Ledger(TINY, "cpu", 1, vision="weights").flops(work)
     ours = (text + vision) / (1 if trained else 3)
     assert 1.0 < counted / ours < 1.05
 
@@ -122,7 +122,7 @@ def test_published_7b_by_the_rule_of_thumb():
     work = dataclasses.replace(NOTHING, tokens=8192, supervised=8192, pairs=8192**2 / 2)
     matrices = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 3584 * 152064
     attention = 28 * 6 * 8192**2 * 3584
-    text, vision = flops.Ledger(config, "language", "NVIDIA H200", 1).flops(work)
+    text, vision = flops.Ledger(config, "NVIDIA H200", 1).flops(work)
     assert text == pytest.approx(6 * matrices * 8192 + attention)
     assert matrices == pytest.approx(7.07e9, rel=0.01) and vision == 0
 
@@ -138,7 +138,7 @@ def test_vision_by_hand():
 
 
 def test_a_trained_vision_tower_costs_three_forwards():
-    frozen, trained = (flops.Ledger(TINY, kind, "cpu", 1).flops(SOME) for kind in ("language", "all"))
+    frozen, trained = (flops.Ledger(TINY, "cpu", 1, vision=kind).flops(SOME) for kind in ("nothing", "weights"))
     assert trained == (frozen[0], 3 * frozen[1])
 
 
@@ -150,16 +150,16 @@ def test_adapters_spare_the_weights_gradient_matmuls():
     layer = t * (2 * d * n * h * 2 + 2 * 2 * d * k * h + 3 * 2 * d * f)
     matmuls = text.num_hidden_layers * layer + 2 * d * text.vocab_size * SOME.supervised
     attention = text.num_hidden_layers * 4 * n * h * SOME.pairs
-    found, vision = flops.Ledger(TINY, "language", "cpu", 1, lora=True).flops(SOME)
+    found, vision = flops.Ledger(TINY, "cpu", 1, text="adapters").flops(SOME)
     assert found == pytest.approx(2 * matmuls + 3 * attention)
-    assert vision == flops.Ledger(TINY, "language", "cpu", 1).flops(SOME)[1]
+    assert vision == flops.Ledger(TINY, "cpu", 1).flops(SOME)[1]
 
 
 def test_utilisation_is_against_all_devices():
-    ledger = flops.Ledger(TINY, "language", "NVIDIA A100-SXM4-80GB", 8)
+    ledger = flops.Ledger(TINY, "NVIDIA A100-SXM4-80GB", 8)
     text, vision = ledger.flops(SOME)
     assert ledger.utilisation(SOME, 2.0) == {"mfu": text / (16 * 312e12), "mfu_vision": vision / (16 * 312e12)}
-    assert flops.Ledger(TINY, "language", "cpu", 1).utilisation(SOME, 2.0) == {}
+    assert flops.Ledger(TINY, "cpu", 1).utilisation(SOME, 2.0) == {}
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,9 @@ def test_bad_input(prepared, tmp_path, capsys):
         finetune.begin(make_config(llava), tmp_path / "begun", open_processor(llava), "elsewhere")
     mesh = sharding.make_mesh(1, -1, 1)
     with pytest.raises(UserError, match="begun by another program .baseline.; use a new --workdir"):
-        settling.settle(make_config(llava), tmp_path / "begun", sft, small.codec(), None, [], mesh, small.directory())
+        settling.settle(
+            make_config(llava), tmp_path / "begun", sft.METHOD, small.codec(), None, [], mesh, small.directory()
+        )
     with pytest.raises(SystemExit) as end:
         finetune.main(["--config=configs/finetune.py", "--rows=0"])
     assert end.value.code == 2 and "--rows: got '0', expected an integer >= 1" in capsys.readouterr().err

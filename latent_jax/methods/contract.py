@@ -1,0 +1,114 @@
+"""What a training method is: one typed value that the rest of the system asks, and names no method itself.
+
+Letters as in docs/architecture.md: A micro-steps, G groups, E examples of a group, S slots of an example, Z the width
+of the space that latents are predicted in.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from latent_jax.data.layout import Layout, Room
+
+Batch = dict[str, Array]
+Record = dict[str, Any]
+Messages = Sequence[dict[str, Any]]  # a conversation in chat format
+Terms = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What is measured on the data before step one, kept with the head, and never trained.
+
+    examples: (config) -> how many records, spread over the first source.
+    layout: as the method's own, of what is measured.
+    measure: (model, host batches with leading (A, G), config) -> {path of a Statistic: value}; {} keeps what is there.
+    """
+
+    examples: Callable[[Any], int]
+    layout: Callable[[Record, int, Any, Any], Layout]
+    measure: Callable[[Any, Iterable[Batch], Any], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTargets:
+    """What a latent cache keeps for a method (data/latent_cache.py).
+
+    made_from: (config) -> the settings that decide what is kept, JSON-able.
+    shape: (model config, config) -> (S, Z).
+    layout: (record, config) -> what is encoded.
+    encode: (vision tower, model config, batch, config) -> the targets (G, E, S, Z).
+    """
+
+    made_from: Callable[[Any], dict]
+    shape: Callable[[Any, Any], tuple[int, int]]
+    layout: Callable[[Record, Any], Layout]
+    encode: Callable[[nnx.Module, Any, Batch, Any], Float[Array, "G E S Z"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Think:
+    """What a method thinks before an answer: latents for every {"type": "imagine"} part of a conversation.
+
+    They may come from sequences of their own, and what the answer sees may be another thing than what was predicted.
+
+    shape: (config) -> what the answer holds in a part's place: rows and columns of visual tokens, or a number of them.
+    layouts: (messages, config, codec, variant) -> the sequences that are thought over, one for each imagine part.
+    run: (model, batch of such sequences with G = 1 and E = X, config, keys (X,), temperature) -> (latents (X, S, Z) in
+      their own space, inputs (X, M, D) that stand in the answer), compiled with a static config. A key is of what its
+      sequence says and of a seed, whatever else is in the batch; at temperature 0 nothing is drawn.
+    variants: ways to think that a study may ask for; the first is what an answer takes.
+    answers: whether the method was made to answer over latents that it thinks after a question, so that an evaluation
+      asks for them unless told otherwise.
+    """
+
+    shape: Callable[[Any], int | tuple[int, int]]
+    layouts: Callable[[Messages, Any, Any, str], Sequence[Layout]]
+    run: Callable[[Any, Batch, Any, Key[Array, " X"], Float[Array, ""]], tuple[Array, Array]]
+    variants: tuple[str, ...] = ("own",)
+    answers: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A training method.
+
+    sections: the config sections that it declares, name -> frozen dataclass of `fields.option`s.
+    layout: (record, index in the data order, config, codec) -> what an example shows; the same for the same arguments.
+    coefficients: (config, fraction of the run) -> the weight of every term of the loss.
+    weights: (batch, config) -> what every term's sum is divided by, from the batch alone: micro-steps and devices add
+      their sums without knowing of each other.
+    loss: (model, batch without A, config) -> (terms, metrics), each name -> (sum, weight).
+    room: (config) -> what an example of a batch has room for.
+    build_head: (model config, config, rngs) -> what the method puts beside the model: its paths begin with `head.`;
+      `Declare` says a parameter's axes, and whether weight decay is for it.
+    learns: (path, config) -> whether a weight is trained; None: the head, and of the model what config.model says.
+    heads: methods whose saved head this one takes up, beside its own.
+    head_settings: dotted settings that decide what a head predicts or reads: one saved with others is refused.
+    exported: (path without `head.`) -> whether inference needs it, and an export has it.
+    passes: (config) -> how often a step runs the language model's blocks over the batch.
+    think: None where the method has no latents before an answer.
+    statistics, targets: None where the method measures nothing, or has no targets to cache.
+    report: the module that reports on held-out data after the last step: `run`, `lacking`, and the FILES it writes.
+    """
+
+    sections: Mapping[str, type]
+    layout: Callable[[Record, int, Any, Any], Layout]
+    coefficients: Callable[[Any, Float[Array, ""]], dict[str, Array]]
+    weights: Callable[[Batch, Any], dict[str, Array]]
+    loss: Callable[[Any, Batch, Any], tuple[Terms, Terms]]
+    room: Callable[[Any], Room] = lambda config: Room()
+    build_head: Callable[[Any, Any, nnx.Rngs], nnx.Module | None] = lambda model_config, config, rngs: None
+    learns: Callable[[str, Any], bool] | None = None
+    heads: tuple[str, ...] = ()
+    head_settings: tuple[str, ...] = ()
+    exported: Callable[[str], bool] = lambda path: True
+    passes: Callable[[Any], int] = lambda config: 1
+    think: Think | None = None
+    statistics: Statistics | None = None
+    targets: CachedTargets | None = None
+    report: str = ""

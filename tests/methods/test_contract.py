@@ -1,0 +1,341 @@
+"""What every method must keep, over all of the package and one of one's own that stands in this file.
+
+`Toy` has nothing of pretraining: a head of other parameters, no section `latent`, noise of its own in the loss, a
+number of latents instead of a grid, and an answer given over them.
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import latent_jax
+from latent_jax import config as schema
+from latent_jax import convert, evaluate, exported, methods, train
+from latent_jax.data.builders.build import build_scenes
+from latent_jax.data.layout import Room, Slots
+from latent_jax.data.messages import imagine_parts
+from latent_jax.data.packing import Budgets, Packer
+from latent_jax.errors import UserError
+from latent_jax.fields import option
+from latent_jax.methods import sft
+from latent_jax.methods.contract import Method, Think
+from latent_jax.methods.imagine import replace
+from latent_jax.models import hf_export
+from latent_jax.models.heads import LatentVLM
+from latent_jax.models.weights import Declare, Structure
+from latent_jax.runtime.checkpoints import Checkpoints
+from latent_jax.state import new_model
+from tests.reference import benchmark_records, small
+from tests.reference.ours import QUICK
+
+NAME = "tests.methods.test_contract"
+EVERY = [*methods.names(), NAME]
+
+
+# ---------------------------------------------------------------- a method of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    count: int = option(3, "latents of a question", low=1)
+    noise: float = option(0.1, "standard deviation of what is added to a latent while training", low=0.0)
+
+
+class Head(nnx.Module):
+    def __init__(self, count: int, hidden: int, rngs: nnx.Rngs):
+        declare = Declare(dict(S=count, D=hidden), rngs, jnp.float32)
+        self.basis = declare.normal("S D", "D", decay=False)
+        self.mix = declare.normal("D 2 D", "D")
+        self.unused = declare.constant("D")  # an export goes without it
+
+
+def layout(record, index, config, codec):
+    shown = sft.conversations(record, index, config, imagine=True)
+    return learned(codec.render_conversations(shown, imagined_grid=config.toy.count, key=record["key"]))
+
+
+def learned(shown):
+    def each(parts):
+        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
+
+    return dataclasses.replace(shown, trunk=each(shown.trunk), views=tuple(map(each, shown.views)))
+
+
+def predicted(model: LatentVLM, batch, config, questions: int, options):
+    """(input embeddings (G, B, T, D), latents (G, E, S, D))"""
+    merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
+    basis = jnp.tile(model.head.basis[...], (questions, 1)).astype(merged.dtype)
+    features = jnp.concatenate([merged, jnp.broadcast_to(basis, (len(merged), *basis.shape))], axis=1)
+    x = model.vlm.embed(batch["tokens"], batch["feature_index"], features)
+    hidden, _ = model.vlm.decode(x, batch, **options)
+    flat = hidden.reshape(len(hidden), -1, hidden.shape[-1])
+    at = jax.vmap(lambda h, i: h[i])(flat, batch["slot_index"])
+    return x, jnp.einsum("...D,DKE->...KE", at, model.head.mix[...]).sum(-2)
+
+
+def loss(model: LatentVLM, batch, config):
+    options = dict(remat=config.model.remat, unroll=config.model.unroll)
+    x, latents = predicted(model, batch, config, config.chat.questions, options)
+    fold = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(config.seed))))
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, latents.shape[2:])))(fold(batch["number"]))
+    x = replace(x, latents + config.toy.noise * noise, batch["slot_index"], batch["slot_mask"])
+    return sft.scored(model, x, batch, options)
+
+
+def thought_over(messages, config, codec, variant):
+    assert variant in ("own", "doubled")
+    shown = codec.render(messages, add_generation_prompt=True, imagined_grid=config.toy.count)
+    return [learned(shown) for _ in imagine_parts(messages)]
+
+
+def think(model, batch, config, keys, temperature):
+    _, latents = predicted(model, batch, config, 1, {})
+    noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[2:]))(keys)
+    latents = latents[0] + temperature * config.toy.noise * noise
+    return latents.astype(jnp.float32), latents
+
+
+METHOD = Method(
+    sections={"toy": Toy, "loss": sft.Loss, "chat": sft.Chat},
+    layout=layout,
+    coefficients=sft.coefficients,
+    weights=sft.weights,
+    loss=loss,
+    room=lambda config: Room(slots=config.toy.count * config.chat.questions),
+    build_head=lambda model_config, config, rngs: Head(config.toy.count, model_config.text.hidden_size, rngs),
+    learns=lambda path, config: path.startswith(("head.", "vlm.text.")) and path != "vlm.text.embed",
+    exported=lambda path: path != "unused",
+    passes=lambda config: 2,
+    think=Think(lambda config: config.toy.count, thought_over, think, variants=("own", "doubled"), answers=True),
+)
+
+
+# ---------------------------------------------------------------- what every method keeps
+
+
+def config_of(name: str, **sections):
+    own = {"latent": dict(grid=2)} if name == "imagine" else {}
+    own |= {"chat": dict(questions=2)} if "chat" in methods.find(name).sections else {}
+    return small.config(name, **{**own, **sections})
+
+
+@functools.cache
+def model_of(name: str) -> LatentVLM:
+    config, method = config_of(name), methods.find(name)
+    make = lambda: new_model(config, method, small.model_config())  # noqa: E731
+    structure = Structure.of(nnx.eval_shape(make))
+    return structure.build(jax.jit(lambda: structure.arrays(make()))())
+
+
+def batch_of(name: str, numbers: list[int], rows: int):
+    config, method = config_of(name), methods.find(name)
+    size = dict(rows=rows, tokens=224, patches=96, examples=4, slots=0, channels=588, image_patches=32)
+    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(method.room(config)))
+    for number in numbers:
+        example = small.codec().lay_out(method.layout(small.record(number), number, config, small.codec()))
+        assert packer.add(example, number=number) is None
+    return {key: jnp.asarray(value[0]) for key, value in packer.flush().items()}
+
+
+@functools.cache
+def terms_of(name: str):
+    config, method = config_of(name), methods.find(name)
+    return jax.jit(lambda model, batch: method.loss(model, batch, config), compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_terms_coefficients_and_weights_speak_of_the_same(name):
+    config, method, batch = config_of(name), methods.find(name), batch_of(name, [0, 1, 2], 2)
+    terms, metrics = terms_of(name)(model_of(name), batch)
+    weights = method.weights(batch, config)
+    assert terms.keys() == weights.keys() == method.coefficients(config, jnp.float32(0.3)).keys()
+    assert all(float(terms[term][1]) == float(weights[term]) for term in terms)
+    assert all(np.isfinite(float(part)) for pair in [*terms.values(), *metrics.values()] for part in pair)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_packed_equals_the_examples_one_by_one(name):
+    """Their noise too: it is of the example's number, wherever it stands."""
+    together, _ = terms_of(name)(model_of(name), batch_of(name, [0, 1, 2], 2))
+    alone = [terms_of(name)(model_of(name), batch_of(name, [number], 1))[0] for number in (0, 1, 2)]
+    for term, (total, weight) in together.items():
+        if term == "alignment":  # a loss over the batch
+            continue
+        np.testing.assert_allclose(total, sum(float(each[term][0]) for each in alone), rtol=3e-4)
+        assert float(weight) == sum(float(each[term][1]) for each in alone)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_layout_is_a_function_of_its_arguments(name):
+    config, method, codec = config_of(name), methods.find(name), small.codec()
+    first, second = (method.layout(small.record(1), 5, config, codec) for _ in range(2))
+    assert first == second
+
+
+def test_noise_depends_on_the_number_alone():
+    batch = batch_of(NAME, [0, 1], 1)
+    other = {**batch, "number": batch["number"].at[0, 0].set(9)}
+    first, second = (float(terms_of(NAME)(model_of(NAME), each)[0]["next_token"][0]) for each in (batch, other))
+    assert first != second
+
+
+# ---------------------------------------------------------------- the toy's whole life
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("contract") / "prepared"
+    build_scenes(directory, sizes={"train": 40, "validation": 8})
+    return directory
+
+
+def run_config(scenes, steps=2):
+    return config_of(
+        NAME,
+        data=dict(name="scenes_questions", path=str(scenes), image_patches=0, sample=16),
+        mesh=dict(replica=2, fsdp=4),
+        train=dict(steps=steps, schedule="constant", batch_size=8, warmup=0.0),
+        checkpoint=dict(every=1, keep=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(scenes, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("contract") / "run"
+    train.run(run_config(scenes), directory)
+    return directory
+
+
+def arrays(directory, step=2):
+    with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+        return {**checkpoints.restore_item(step, "trainable"), **checkpoints.restore_item(step, "frozen")}
+
+
+def test_a_killed_run_resumes_to_the_bit(made, scenes, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(made, directory)
+    shutil.rmtree(directory / "checkpoints" / "2")
+    for name in ("finished.json", "hf"):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train.run(run_config(scenes), directory)
+    found, want = arrays(directory), arrays(made)
+    assert found.keys() == want.keys()
+    for path, array in want.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+    assert (directory / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_what_learns_is_what_the_method_says(made):
+    before = {**jax.device_get(Structure.of(model_of(NAME)).arrays(model_of(NAME)))}
+    after = arrays(made)
+    changed = {path for path in after if path in before and not np.array_equal(before[path], after[path])}
+    assert "vlm.text.embed" not in changed and not any(path.startswith("vlm.vision.") for path in changed)
+    assert {"head.basis", "head.mix", "vlm.text.blocks.q"} <= changed
+
+
+def question(text="What color is it?"):
+    content = [{"type": "image", "image": small.record(0)["images"][0]}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": [*content, {"type": "imagine"}]}]
+
+
+def test_it_loads_from_its_workdir_and_from_its_export_alike(made, tmp_path):
+    convert.main([f"--checkpoint={made}", f"--output={tmp_path / 'hf'}", "--step=2"])
+    loaded = [latent_jax.load(path) for path in (made, made / "hf", tmp_path / "hf")]
+    found = [vlm.generate_ids([question()], 4) for vlm in loaded]
+    assert found[0] == found[1] == found[2]
+    tensors, settings = hf_export.load_latent(made / "hf")
+    assert tensors.keys() == {"basis", "mix"} and settings["method"] == NAME and settings["toy"]["count"] == 3
+    for vlm in loaded:
+        ((own,),) = vlm.think([question()])
+        assert own.latents.shape == own.inputs.shape == (3, 64)
+        ((other,),) = vlm.think([question()], temperature=1.0, seed=1)
+        again = vlm.think([question(), question("Is it?")], temperature=1.0, seed=1)[0][0]
+        assert np.abs(own.latents - other.latents).max() > 1e-3
+        np.testing.assert_allclose(other.latents, again.latents, atol=1e-5)
+
+
+def test_an_evaluation_asks_for_its_latents_and_intervenes(made, tmp_path, monkeypatch, capsys):
+    records = benchmark_records.gqa(images=2, each=2)
+    monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: ["testdev"])
+    monkeypatch.setattr(evaluate.sources, "open_source", lambda name, path, split: records)
+    monkeypatch.setattr(evaluate.sources, "fingerprint", lambda name, path, split: "records")
+    config = schema.default_evaluation()
+    config.data.path, config.log.progress, config.model.path = "there", False, str(made / "hf")
+    config.evaluate.update(interventions=True, max_new_tokens=3)
+    found = evaluate.run(schema.resolve(config), tmp_path / "own")
+    assert found["imagine"] is True and (tmp_path / "own" / "interventions.json").exists()
+    assert {p.name for p in (tmp_path / "own").iterdir()} >= {"latents_zero", "latents_permuted", "latents_none"}
+
+
+def test_a_head_of_another_method_is_not_taken_for_ones_own(made, scenes, tmp_path, capsys):
+    config = config_of(
+        "pretrain",
+        model=dict(path=str(made / "hf"), init="checkpoint"),
+        data=dict(path=str(scenes), image_patches=0, sample=16),
+        mesh=dict(replica=2, fsdp=4),
+        train=dict(steps=1, batch_size=8),
+        evaluate=dict(split="test"),
+    )
+    train.run(config, tmp_path / "run")
+    assert f"its head is of method {NAME}; that of pretrain starts anew" in capsys.readouterr().err
+
+
+def test_a_run_by_the_command_line_is_killed_and_goes_on(made, scenes, tmp_path):
+    """Another process finds the method by its name alone, and a SIGKILL between steps loses nothing."""
+    code = (
+        "import os, sys; sys.path.insert(0, os.getcwd()); sys.argv = ['main.py']\n"
+        "from tests.methods import test_contract as own; from latent_jax import train\n"
+        "from pathlib import Path\n"
+        "config = own.run_config(Path(sys.stdin.readline().strip()))\n"
+        "train.run(config, sys.stdin.readline().strip())\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], input=f"{scenes}\n{tmp_path / 'run'}\n", cwd=root, env=environment, text=True,
+        capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for path, array in arrays(made).items():
+        np.testing.assert_array_equal(arrays(tmp_path / "run")[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["nothing_of_this_name", "tests.methods", "os.path", "a b", "../x", ""])
+def test_a_name_that_is_no_method_is_told(name):
+    with pytest.raises(UserError, match=r"config\.method: got .*, expected one of imagine, pretrain, sft, or a module"):
+        schema.default(name)
+
+
+def test_old_exports_are_of_pretraining():
+    found = exported.settings({"grid": 2, "space": "merged"}, "file")
+    assert found.method == "pretrain" and found.latent.grid == 2
+    for bad, message in (
+        ({"method": "pretrain", "grid": 2}, "grid"),
+        ({"method": "none"}, "method"),
+        ({"gird": 2}, "gird"),
+    ):
+        with pytest.raises(UserError, match=rf"^file: .*{message}"):
+            exported.settings(bad, "file")
+
+
+@pytest.mark.slow
+def test_plan_compiles_it_for_a_tpu(scenes):
+    importlib.import_module("libtpu")
+    from latent_jax import planning
+    from latent_jax.runtime import topologies
+
+    topologies.prepare_environment()
+    found = planning.plan(run_config(scenes), topologies.parse("v5e:2x2"))
+    assert found.fits and found.compiled.flops > 0
