@@ -19,10 +19,12 @@ from latent_jax.benchmarks.rows import Item
 from latent_jax.benchmarks.settings import LATENTS
 from latent_jax.compare import compare
 from latent_jax.errors import UserError
+from latent_jax.imagined import Thought
 from latent_jax.runtime import files
 
 SAMPLE = 256  # questions whose latents are looked at, spread over all
 BATCH = 32
+_TRIED = 8  # questions after a donor that cannot be shown, before its taker is skipped
 
 
 def run(config, directory: Path, latents: Mapping[str, float], evaluate: Callable) -> dict:
@@ -54,7 +56,7 @@ class Moments(NamedTuple):
 
 def moments(vlm, conversations: Sequence[list[dict]]) -> Moments:
     """Measured on what the model thinks in these conversations, one imagine part each."""
-    inputs = np.stack([own.inputs for own in _thoughts(vlm, conversations)]).astype(np.float64)
+    inputs = np.stack([own.inputs for own in _sample(vlm, conversations)]).astype(np.float64)
     return Moments(inputs.mean(0).astype(np.float32), inputs.std(0).astype(np.float32))
 
 
@@ -62,17 +64,29 @@ def sender(config, vlm, items: Sequence[Item], show: Callable[[Sequence[Item]], 
     """Items -> the replies to them with `config.evaluate.latents` in the place of their latents.
 
     items: all questions of the split, of which donors are taken. show: items -> conversations that ask for latents.
-    A question's replacement depends on the split, the seed and the question itself, never on its batch.
+    A question's replacement depends on the split, the seed and the question itself, never on its batch. A donor that
+    cannot be shown gives way to the next question that can.
     """
     name, seed = config.evaluate.latents, config.seed
     partners = donors(config, items) if name in ("shuffled", "donor") else {}
     known = moments(vlm, show(spread(items))) if name in ("mean", "noise") else None
+    places = {item.id: place for place, item in enumerate(items)}
+
+    def donated(batch: Sequence[Item]) -> list[Thought]:
+        first = [partners[item.id] for item in batch]
+        found = _thoughts(vlm, show(first))
+        for number, (thought, donor) in enumerate(zip(found, first, strict=True)):
+            after = (items[(places[donor.id] + more) % len(items)] for more in range(1, _TRIED + 1))
+            found[number] = thought or next(filter(None, (_thoughts(vlm, show([other]))[0] for other in after)), None)
+        if None in found:
+            raise UserError(f"question {batch[found.index(None)].id!r:.100}: no donor of latents can be shown")
+        return found
 
     def send(batch: Sequence[Item]) -> list[str]:
         if name == "none":
             given = [() for _ in batch]
         elif partners:
-            given = [[own.inputs for own in thoughts] for thoughts in vlm.think(show([partners[i.id] for i in batch]))]
+            given = [[thought.inputs] for thought in donated(batch)]
         else:
             own = vlm.think(show(batch))
             given = [[replaced(name, one.inputs, known, seed) for one in thoughts] for thoughts in own]
@@ -128,7 +142,7 @@ def geometry(vlm, conversations: Sequence[list[dict]]) -> dict[str, float]:
     """Of the latents that are predicted in conversations: how alike those of different ones are (cosine of all slots
     together; as they are, and less their mean), their norm (over that of the dataset's true ones too, where the head
     knows it), and the shares of latent spans that are never opened or closed (the prompt does both, so none)."""
-    latents = np.stack([own.latents for own in _thoughts(vlm, conversations)]).astype(np.float64)
+    latents = np.stack([own.latents for own in _sample(vlm, conversations)]).astype(np.float64)
     norm, head = np.sqrt((latents**2).sum(-1).mean()), vlm.model.head
     flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
     found = {
@@ -145,9 +159,24 @@ def geometry(vlm, conversations: Sequence[list[dict]]) -> dict[str, float]:
     return found
 
 
-def _thoughts(vlm, conversations: Sequence[list[dict]]) -> list:
-    batches = (conversations[at : at + BATCH] for at in range(0, len(conversations), BATCH))
-    return [thought for batch in batches for (thought,) in vlm.think(batch)]
+def _sample(vlm, conversations: Sequence[list[dict]]) -> list[Thought]:
+    """What the model thinks in those that can be shown. Raises UserError where none can."""
+    found = [thought for thought in _thoughts(vlm, conversations) if thought is not None]
+    if not found:
+        raise UserError(f"none of {len(conversations)} questions can be shown, so nothing is known of their latents")
+    return found
+
+
+def _thoughts(vlm, conversations: Sequence[list[dict]]) -> list[Thought | None]:
+    """The one thought of each conversation; None for one that cannot be shown, such as one with a broken image."""
+    found = []
+    for at in range(0, len(conversations), BATCH):
+        batch = conversations[at : at + BATCH]
+        try:
+            found += [thought for (thought,) in vlm.think(batch)]
+        except UserError:
+            found += [None] if len(batch) == 1 else [_thoughts(vlm, [each])[0] for each in batch]
+    return found
 
 
 def table(found: dict) -> list[str]:

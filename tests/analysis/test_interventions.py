@@ -1,5 +1,6 @@
 """Interventions on latents: every one evaluated, compared with the model's own, and what is told of the latents."""
 
+import dataclasses
 import json
 import types
 import zlib
@@ -119,6 +120,31 @@ def test_each_replacement_is_what_it_says(data, tmp_path):
         assert not np.array_equal(found["permuted"][text], own[text])
     noise = (np.stack(list(found["noise"].values())) - sample.mean(0)) / sample.std(0)
     assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2 and len(np.unique(noise)) == noise.size
+
+
+@pytest.mark.parametrize("name", ["mean", "noise", "shuffled"])
+def test_a_question_that_cannot_be_shown_is_no_other_ones_trouble(data, tmp_path, name):
+    """The third of nine has a broken image: it is skipped and counted, and lends nobody its latents."""
+    texts = list(data)
+    vlm = Facade(data, lambda text, given: True)
+    think = vlm.think
+
+    def broken(conversations):
+        if any(question(turns) == texts[2] for turns in conversations):
+            raise UserError("an image cannot be read")
+        return think(conversations)
+
+    vlm.think = broken
+    told = config(latents=name, batch_size=4)
+    told = dataclasses.replace(told, data=dataclasses.replace(told.data, max_bad=0.5))
+    found = evaluate.run(told, tmp_path, backend(vlm))
+    given = {text: array[0] for text, array in vlm.asked}
+    assert found["skipped_as_wrong"] == (name != "shuffled") and len(given) == 9 - (name != "shuffled")
+    whole = [thought(text) for text in texts if text != texts[2]]
+    if name == "mean":
+        np.testing.assert_allclose(given[texts[0]], np.mean(whole, 0), atol=1e-6)
+    if name == "shuffled":
+        np.testing.assert_array_equal(given[texts[7]], thought(texts[3]))  # its donor was the third
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"0": 1}', "no JSON"])
