@@ -94,8 +94,9 @@ def _as_made(path: str) -> tuple[bool, list[str]]:
     from latent_jax import methods
     from latent_jax.models import hf_io
 
-    # A hub's model with a head: its settings tell, and it is downloaded anyway.
-    name = thinking(path) if thinking(path) is not None else thinking(str(hf_io.resolve(path)))
+    name = thinking(path)
+    if name is None:  # a hub's model with a head: its settings tell, and it is downloaded anyway
+        name = thinking(str(hf_io.resolve(path)))
     if not name or methods.find(name).think.answers:
         return bool(name), []
     return False, [

@@ -121,6 +121,18 @@ def divide(models: Sequence[LatentVLM], count: int, run: Callable[[LatentVLM, np
     return [pairs[i] for i in range(count)]
 
 
+def _shares(examples: Sequence[Example], given, config) -> Callable[[np.ndarray], np.ndarray]:
+    """Numbers of examples -> the features given with these, of which `given` holds all, padded to a bucket."""
+    outside = np.asarray(given)
+    ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
+
+    def of(share: np.ndarray) -> np.ndarray:
+        features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
+        return np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
+
+    return of
+
+
 def answers(
     models: Sequence[LatentVLM],
     examples: Sequence[Example],
@@ -140,13 +152,12 @@ def answers(
     """
     check_sampling(temperature, top_p, seed)
     config = models[0].vlm.config
-    own, outside = marks(examples), np.asarray(given)
-    ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
+    own = marks(examples)
+    own_features = _shares(examples, given, config)
 
     def answer(model: LatentVLM, share: np.ndarray) -> list[list[int]]:
         rows, sampling = packed([examples[i] for i in share], config), None
-        features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
-        features = np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
+        features = own_features(share)
         if temperature:
             chosen = np.pad(own[share], ((0, len(rows.lengths) - len(share)), (0, 0)))
             nucleus = np.float32(top_p) if top_p < 1 else None
@@ -161,13 +172,12 @@ def scores(
 ) -> list[Float32[np.ndarray, "_"]]:
     """Log likelihoods of the tokens that carry loss in laid-out conversations, in order, teacher-forced; shared among
     copies of the model. `given` as in `answers`."""
-    config, outside = models[0].vlm.config, np.asarray(given)
-    ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
+    config = models[0].vlm.config
+    own_features = _shares(examples, given, config)
 
     def score(model: LatentVLM, share: np.ndarray) -> list[np.ndarray]:
         rows = packed([examples[i] for i in share], config)
-        features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
-        features = np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
+        features = own_features(share)
         found = np.asarray(_likelihoods(model, rows.batch, features, image_patches=rows.image_patches)).reshape(-1)
         spoken = rows.batch["loss_weights"].reshape(-1) > 0
         own = [places[:length] for places, length in zip(rows.places, rows.lengths)]

@@ -16,7 +16,7 @@ import numpy as np
 from latent_jax import fields, generate, methods
 from latent_jax.data import rows
 from latent_jax.data.chat import Codec
-from latent_jax.data.layout import Example
+from latent_jax.data.layout import Example, Slots
 from latent_jax.data.messages import check as check_messages
 from latent_jax.data.messages import imagine_parts, without_imagined
 from latent_jax.errors import UserError
@@ -123,7 +123,7 @@ def prompts(
         layout = codec.render(said, add_generation_prompt=answers is None, imagined_grid=shape)
         examples.append(codec.lay_out(layout))
         for array in own:
-            expected = (shape if isinstance(shape, int) else shape[0] * shape[1], hidden)
+            expected = (Slots(shape).count, hidden)
             if np.shape(array) != expected or not np.isfinite(np.asarray(array, np.float32)).all():
                 raise UserError(
                     f"thoughts of conversation {number}: an array of shape {np.shape(array)}, expected {expected} "

@@ -27,14 +27,9 @@ def open_records(config) -> Sequence[dict]:
     name, data = mixture(config.data.name)[0][0], config.data
     if data.latent_cache:
         raise UserError("config.evaluate.every: held-out images have no latent cache; expected 0 beside latent_cache")
-    if data.holdout:
-        source = sources.open_source(name, data.path, data.split)
-        source = sources.hold_out(source, data.holdout, config.seed)[1]
-    elif config.evaluate.split == data.split:
+    if not data.holdout and config.evaluate.split == data.split:
         raise UserError(f"config.evaluate.split: {data.split!r} is what the run trains on; expected a held-out split")
-    else:
-        source = sources.open_source(name, data.path, config.evaluate.split)
-    return [source[index] for index in range(min(config.evaluate.examples or len(source), len(source)))]
+    return sources.first(sources.held_out(name, data, config.evaluate.split, config.seed), config.evaluate.examples)
 
 
 def make_validation(

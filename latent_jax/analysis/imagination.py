@@ -117,15 +117,11 @@ def usable(records: Sequence[dict], config, codec: Codec) -> tuple[list[dict], l
 def held_out(config) -> list[dict]:
     """The first `evaluate.examples` held-out records; those of scenes with questions about the same images."""
     name = mixture(config.data.name)[0][0]
-    if config.data.holdout:
-        source = sources.open_source(name, config.data.path, config.data.split)
-        _, source = sources.hold_out(source, config.data.holdout, config.seed)
-        return [source[index] for index in range(min(config.evaluate.examples or len(source), len(source)))]
-    source = sources.open_source(name, config.data.path, config.evaluate.split)
-    if name == "scenes":
+    source = sources.held_out(name, config.data, config.evaluate.split, config.seed)
+    if name == "scenes" and not config.data.holdout:
         questions = sources.open_source("scenes_questions", config.data.path, config.evaluate.split)
         source = sources.join(source, questions)
-    return [source[index] for index in range(min(config.evaluate.examples or len(source), len(source)))]
+    return sources.first(source, config.evaluate.examples)
 
 
 def lacking(config) -> str:

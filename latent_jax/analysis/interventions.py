@@ -83,14 +83,15 @@ def sender(config, vlm, items: Sequence[Item], show: Callable[[Sequence[Item]], 
         return found
 
     def send(batch: Sequence[Item]) -> list[str]:
+        shown = show(batch)
         if name == "none":
             given = [() for _ in batch]
         elif partners:
             given = [[thought.inputs] for thought in donated(batch)]
         else:
-            own = vlm.think(show(batch))
+            own = vlm.think(shown)
             given = [[replaced(name, one.inputs, known, seed) for one in thoughts] for thoughts in own]
-        return vlm.generate(show(batch), tokens, thoughts=given)
+        return vlm.generate(shown, tokens, thoughts=given)
 
     return send
 

@@ -168,6 +168,18 @@ def share(source: Sequence, part: float, seed: int) -> Subset:
     return Subset(source, order[: max(1, round(part * len(source)))])
 
 
+def held_out(name: str, data, split: str, seed: int) -> Sequence[dict]:
+    """What a run (`data`: its section of the config) does not train on: its holdout, else a split of that name."""
+    if data.holdout:
+        return hold_out(open_source(name, data.path, data.split), data.holdout, seed)[1]
+    return open_source(name, data.path, split)
+
+
+def first(source: Sequence[dict], count: int) -> list[dict]:
+    """The first `count` records; 0: all."""
+    return [source[index] for index in range(min(count or len(source), len(source)))]
+
+
 def hold_out(source: Sequence, count: int, seed: int) -> tuple[Subset, Subset]:
     """(what is left, `count` records that a seed draws), each in the source's order.
 
