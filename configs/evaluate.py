@@ -11,7 +11,7 @@ The first asks the embedded model GQA's form of questions about the embedded sce
 vstar, mmvp, vsp; config.evaluate.scorer chooses between `official` and `lmms_eval`. A killed run goes on where it was.
 """
 
-from latent_jax.config import default_evaluation
+from latent_jax.config.schema import default_evaluation
 
 
 def get_config():

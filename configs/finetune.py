@@ -14,7 +14,7 @@ full size yet. It ends with an HF checkpoint; what it can do says an evaluation 
 `_imagine` with the latents that it thinks.
 """
 
-from latent_jax.config import default
+from latent_jax.config.schema import default
 from latent_jax.errors import UserError
 
 # Variant -> (hub id, examples a step, peak learning rate).

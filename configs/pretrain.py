@@ -20,7 +20,7 @@ only: one more pass over the images, which pays where they are visited often and
 (docs/performance.md).
 """
 
-from latent_jax.config import default
+from latent_jax.config.schema import default
 from latent_jax.errors import UserError
 
 # Variant -> (hub id, examples a step, peak learning rate).

@@ -9,7 +9,7 @@ answers 86 % of the questions about 300 held-out scenes word for word: exist 98,
 count 88, same 81, nearest 70, where 83, relation 67.
 """
 
-from latent_jax.config import default
+from latent_jax.config.schema import default
 from latent_jax.errors import UserError
 
 STAGES = ("captions", "questions")

@@ -1,6 +1,6 @@
 """Train vision-language models that reason in latent space.
 
-`latent_jax.load(path)` gives a model that speaks, sees and imagines; see latent_jax/vlm.py.
+`latent_jax.load(path)` gives a model that speaks, sees and imagines; see latent_jax/inference/vlm.py.
 """
 
 import sys as _sys
@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 # `python -m latent_jax.NAME` imports this package first, with -m in the place of the program's name.
 if _sys.argv[:1] == ["-m"] and any(word.startswith("latent_jax.") for word in _sys.orig_argv):
-    from latent_jax.command import begin_command as _begin
+    from latent_jax.runtime.command import begin_command as _begin
 
     _begin()
 
 
 def load(path="", dtype=None, devices=None):
-    """Loads an HF directory, a hub id, a workdir, or "" for the embedded model: see latent_jax.vlm.load."""
-    from latent_jax.vlm import load  # jax and transformers only when a model is asked for
+    """Loads an HF directory, a hub id, a workdir, or "" for the embedded model: see latent_jax.inference.vlm.load."""
+    from latent_jax.inference.vlm import load  # jax and transformers only when a model is asked for
 
     return load(path, dtype, devices)

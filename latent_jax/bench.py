@@ -21,8 +21,8 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
+from latent_jax.runtime.command import Parser, command
 
 TIMED = ("step", "data", "load", "generate", "checkpoint")
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure_time(options: argparse.Namespace) -> int:
     """Times one of TIMED, prints its report and keeps every number. Returns the exit status."""
-    from latent_jax.measure import timing
+    from latent_jax.perf import timing
     from latent_jax.runtime import files
 
     options.max_new_tokens = 32 if options.max_new_tokens is None else options.max_new_tokens
@@ -74,7 +74,7 @@ def measure_time(options: argparse.Namespace) -> int:
     if options.against == "torch":
         timing.need_torch(f"--what={options.what} --against=torch", "--against=none goes without; or ")
     before = timing.circumstances()
-    report = importlib.import_module(f"latent_jax.measure.{options.what}").measure(options)
+    report = importlib.import_module(f"latent_jax.perf.{options.what}").measure(options)
     after = timing.circumstances()["load_average"]
     print("\n".join([report.title, *report.lines]))
     print(f"{before['cores']} cores; load average {before['load_average'][0]} before, {after[0]} after")
@@ -88,7 +88,7 @@ def measure_time(options: argparse.Namespace) -> int:
 
 def measure_parity(options: argparse.Namespace) -> int:
     """Prints a table a prompt and dtype and the verdict. Returns the exit status."""
-    from latent_jax import parity
+    from latent_jax.perf import parity
 
     tokens = 16 if options.max_new_tokens is None else options.max_new_tokens
     if tokens < 1:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from latent_jax import config as schema
-from latent_jax import exported, methods
-from latent_jax.command import Parser, command, say_line
+from latent_jax import methods
+from latent_jax.config import schema
 from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import PROCESSORS
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.workdir import (
+from latent_jax.runtime.command import Parser, command, say_line
+from latent_jax.training import latent_config
+from latent_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
     ORIGIN,
@@ -106,8 +107,8 @@ def export_workdir(workdir: Path, output: Path, step: int | None = None, dtype: 
     done, step = read_finished(workdir), run.newest() if step is None else step
     limits, notes = pixel_limits(run)
     vlm, head = split(run.arrays(step))
-    head = exported.head(methods.find(run.config.method), head)
-    latent = exported.beside(run.config, head)
+    head = latent_config.head(methods.find(run.config.method), head)
+    latent = latent_config.beside(run.config, head)
     found = numbers(done["report"]) if done.get("step") == step else {}
     words = ["python", "-m", "latent_jax.convert", f"--checkpoint={workdir}", f"--step={step}", f"--output={output}"]
     words += [f"--dtype={dtype}"] if dtype else []

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from latent_jax import answering, begun, predictions
 from latent_jax.benchmarks import VERSION, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate
 from latent_jax.benchmarks.rows import Item, Row, conversation
 from latent_jax.data import sources
 from latent_jax.errors import Stopped, UserError, one_line
-from latent_jax.predictions import PREDICTIONS, RESULTS, Protocol
+from latent_jax.evaluation import answering, begun, predictions
+from latent_jax.evaluation.predictions import PREDICTIONS, RESULTS, Protocol
 from latent_jax.runtime import files, lock, preemption, provenance
 from latent_jax.runtime.progress import Progress
 
@@ -245,13 +245,13 @@ def load_ours(config) -> Backend:
     if config.evaluate.imagine and not vlm.thinks:
         raise answering.no_head(vlm.name)
     limits = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config.data, key))}
-    codec = dataclasses.replace(vlm.codec, image=dataclasses.replace(vlm.codec.image, **limits))
-    vlm = dataclasses.replace(vlm, codec=codec)
+    processor = dataclasses.replace(vlm.processor, image=dataclasses.replace(vlm.processor.image, **limits))
+    vlm = dataclasses.replace(vlm, processor=processor)
     settings = {
         "name": "latent_jax",
         "dtype": str(vlm.model.vlm.text.embed[...].dtype),
-        "min_pixels": codec.image.min_pixels,
-        "max_pixels": codec.image.max_pixels,
+        "min_pixels": processor.image.min_pixels,
+        "max_pixels": processor.image.max_pixels,
     }
 
     def answer(conversations, tokens):

@@ -18,11 +18,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from latent_jax import config as schema
-from latent_jax.benchmarks.settings import Evaluation
-from latent_jax.command import command
+from latent_jax.config import schema
+from latent_jax.config.evaluation import Evaluation
+from latent_jax.config.training import Config
 from latent_jax.errors import Stopped, UserError
-from latent_jax.settings import Config
+from latent_jax.runtime.command import command
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 

@@ -12,9 +12,9 @@ import argparse
 import math
 import sys
 
-from latent_jax.command import Parser, command
 from latent_jax.errors import UserError
-from latent_jax.runtime import topologies
+from latent_jax.perf import topologies
+from latent_jax.runtime.command import Parser, command
 
 
 @command
@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     topology = topologies.parse(options.topology)
     topologies.start()  # before anything else imports jax
-    from latent_jax import planning
     from latent_jax.main import parse
+    from latent_jax.perf import planning
 
     config, _ = parse(rest)
     found = planning.plan(config, topology)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def advice(failed, tries: int):
     """Lines: changes tried by compiling them, until one fits."""
-    from latent_jax import planning
+    from latent_jax.perf import planning
 
     yield "changes, compiled until one fits:"
     for number, (words, config, topology) in enumerate(planning.alternatives(failed)):
@@ -72,18 +72,19 @@ def report(found) -> list[str]:
 
 
 def about(found) -> list[str]:
-    from latent_jax import planning
+    from latent_jax.perf import planning
 
-    budgets, config = found.budgets, found.config
+    batch_shape, config = found.batch_shape, found.config
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     remat = "full (auto)" if config.model.remat == "auto" else config.model.remat
     return [
         f"{config.method}, {config.model.preset or config.model.path or 'the embedded model'}, on "
         f"{found.topology.name}: {found.topology.devices} x {found.topology.chip.kind}; mesh {mesh}; remat {remat}",
         f"compiled by {topologies.compiler(found.topology)}; attention: {found.attention}",
-        f"batch: {budgets.micro} micro-step(s) x {budgets.groups} groups of {budgets.rows} rows x {budgets.tokens} "
-        f"tokens, {budgets.patches} patches, {budgets.examples} examples of {budgets.slots} slots",
-        f"  (no data is read: as for examples of one image of at most {budgets.image_patches} patches and "
+        f"batch: {batch_shape.micro} micro-step(s) x {batch_shape.groups} groups of {batch_shape.rows} rows x "
+        f"{batch_shape.tokens} tokens, {batch_shape.patches} patches, {batch_shape.examples} examples "
+        f"of {batch_shape.slots} slots",
+        f"  (no data is read: as for examples of one image of at most {batch_shape.image_patches} patches and "
         f"{planning.TEXT_TOKENS} text tokens; config.data.rows, .tokens, .patches name other sizes)",
     ]
 
@@ -113,7 +114,8 @@ def costs(found) -> list[str]:
     return [
         f"FLOPs of one device and step: {found.compiled.flops:.3e} in the compiled matmuls (recomputation and padding "
         f"counted, {masked})",
-        f"  the model's own: {text / devices:.3e} language + {vision / devices:.3e} vision (runtime/flops.py)",
+        f"  the model's own: {text / devices:.3e} language + {vision / devices:.3e} vision "
+        "(models/qwen2_5_vl/flops.py)",
         f"memory traffic of one device and step: {found.compiled.traffic:.3e} bytes",
     ]
 
@@ -136,8 +138,8 @@ def moved(found) -> list[str]:
 
 
 def estimate(found) -> list[str]:
-    from latent_jax.runtime import flops
-    from latent_jax.runtime.roofline import ASSUMPTIONS
+    from latent_jax.models.qwen2_5_vl import flops
+    from latent_jax.perf.roofline import ASSUMPTIONS
 
     bounds, text = found.compiled.roofline, found.model_flops[0]
     mfu = [text / (seconds * found.topology.devices * flops.peak(found.topology.chip.kind))

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latent_jax.command import Parser, command
 from latent_jax.data import scenes
 from latent_jax.data.builders.build import BUILDERS, MAX_BAD, build, build_scenes, build_scenes_benchmark
 from latent_jax.errors import UserError
+from latent_jax.runtime.command import Parser, command
 
 _MADE = ("scenes", *(f"scenes_{name}" for name in scenes.BENCHMARK_SIZES))
 

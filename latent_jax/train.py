@@ -2,36 +2,34 @@
 
 import contextlib
 import dataclasses
-import signal
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from clu import parameter_overview
 
-from latent_jax import config as schema
-from latent_jax import encode, methods, validation, workdir
+from latent_jax import methods
 from latent_jax.assets import TINY_VL
+from latent_jax.config import schema
+from latent_jax.config.training import PRESETS, mixture, profiled
 from latent_jax.data import packing, pipeline, sources
-from latent_jax.data.chat import Codec
-from latent_jax.errors import UserError
-from latent_jax.exported import saved_head
-from latent_jax.finish import finish, finished, look_ahead
+from latent_jax.data.chat import Processor
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.resume import check_begun, check_start, restore, save
-from latent_jax.runtime import files, flops, hosts, lock, preemption, provenance, sharding, tracing
+from latent_jax.runtime import files, hosts, lock, preemption, provenance, sharding, tracing
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
-from latent_jax.settings import PRESETS, mixture, profiled
-from latent_jax.settling import layout_of, mesh_words, settle
-from latent_jax.state import Setup, TrainState, first_state, make_setup
-from latent_jax.step import make_step
+from latent_jax.training import target_cache, validation, workdir
+from latent_jax.training.finish import finish, finished, look_ahead
+from latent_jax.training.latent_config import saved_head
+from latent_jax.training.resume import check_begun, check_start, restore
+from latent_jax.training.shapes import layout_of, mesh_words, settle
+from latent_jax.training.state import Setup, TrainState, first_state, make_setup
+from latent_jax.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +70,10 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     origin = hf_io.resolve(config.model.path or TINY_VL)
     # Before the tokenizer: transformers reads the same config.json, and believes whatever sizes stand there.
     shape = from_json(_shape_file(config, origin))
-    codec = Codec.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
-    model_config = dataclasses.replace(shape, image_mean=codec.image.mean, image_std=codec.image.std)
+    processor = Processor.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
+    model_config = dataclasses.replace(shape, image_mean=processor.image.mean, image_std=processor.image.std)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
-    codec.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
+    processor.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
     # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
     dtypes = stored_dtypes(config, origin, model_config)
 
@@ -84,16 +82,16 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     lacking = look_ahead(config, method, directory)
     held_out = validation.open_records(config) if config.evaluate.every else []
     if config.data.latent_cache:
-        encoder = encode.Encoder(config, method, codec, model_config, origin, mesh)
+        encoder = target_cache.Encoder(config, method, processor, model_config, origin, mesh)
         data = encoder.beside(data, say=_teller(config))
-    config, budgets, notes = settle(config, directory, method, codec, model_config, data, mesh, origin)
+    config, batch_shape, notes = settle(config, directory, method, processor, model_config, data, mesh, origin)
     notes += lacking
     batches = pipeline.make_dataset(
         data,
-        layout_fn=layout_of(method, config, codec),
-        codec=codec,
-        budgets=budgets,
-        own=hosts.own_groups(mesh, budgets.groups),
+        layout_fn=layout_of(method, config, processor),
+        processor=processor,
+        batch_shape=batch_shape,
+        own=hosts.own_groups(mesh, batch_shape.groups),
         seed=config.seed,
         threads=config.data.threads,
         max_broken=config.data.max_bad,
@@ -117,7 +115,7 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     state, batches_state, extra, told = restore(checkpoints, setup, directory)
     notes += told
     if state is None:
-        state = fit(first_state(setup, origin, saved_head(setup, origin)), setup, data, codec, budgets)
+        state = fit(first_state(setup, origin, saved_head(setup, origin)), setup, data, processor, batch_shape)
         check_start(state, config, origin)
         notes += [describe(setup, state)]
     else:
@@ -140,12 +138,14 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
         for note in notes:
             progress.say(note)
         step = make_step(setup)
-        validate = validation.make_validation(setup, held_out, codec, budgets) if config.evaluate.every else None
+        validate = (
+            validation.make_validation(setup, held_out, processor, batch_shape) if config.evaluate.every else None
+        )
         state, stopped = loop(
             setup, state, step, validate, batches, checkpoints, metrics, progress, trace, asked_to_stop
         )
         checkpoints.wait()
-        report = {} if stopped else finish(setup, state, codec, directory, progress, asked_to_stop)
+        report = {} if stopped else finish(setup, state, processor, directory, progress, asked_to_stop)
     return Summary(int(state.step), stopped, step._cache_size(), report)
 
 
@@ -202,7 +202,7 @@ def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
     return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
 
 
-def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Budgets) -> TrainState:
+def fit(state: TrainState, setup: Setup, data, processor: Processor, batch_shape: packing.BatchShape) -> TrainState:
     """Lets the method measure on the first records what it needs before step one (latent statistics)."""
     statistics, config = setup.method.statistics, setup.config
     if not statistics:
@@ -211,10 +211,10 @@ def fit(state: TrainState, setup: Setup, data, codec: Codec, budgets: packing.Bu
     count = min(len(source), statistics.examples(config))
     picked = (source[index * len(source) // count] for index in range(count))
     examples = pipeline.usable(
-        picked, lambda record, index: statistics.layout(record, index, config, codec), codec, budgets
+        picked, lambda record, index: statistics.layout(record, index, config, processor), processor, batch_shape
     )
     model = setup.build(state.trainable, state.frozen)
-    values = statistics.measure(model, packing.batches(examples, budgets), config)
+    values = statistics.measure(model, packing.batches(examples, batch_shape), config)
     placed = {path: jax.device_put(value, setup.sharding(path)) for path, value in values.items()}
     return state._replace(frozen={**state.frozen, **placed})
 
@@ -233,103 +233,3 @@ def overview(state: TrainState) -> str:
     """A table of every array: name, shape, dtype, size."""
     arrays = {"trained": state.trainable, "frozen": state.frozen}
     return parameter_overview.get_parameter_overview(arrays, include_stats=False) + "\n"
-
-
-# ---------------------------------------------------------------- loop
-
-
-def loop(
-    setup: Setup,
-    state: TrainState,
-    step,
-    validate,
-    batches: pipeline.BatchIterator,
-    checkpoints: Checkpoints,
-    metrics: Metrics,
-    progress: Progress,
-    trace: tracing.Tracing,
-    asked_to_stop,
-) -> tuple[TrainState, int]:
-    """Runs the steps that are left. Returns (state, the signal that ended it early or 0)."""
-    config = setup.config
-    device_kind = setup.mesh.devices.flat[0].device_kind
-    ledger = setup.ledger(device_kind, setup.mesh.size)
-    pending, done = None, int(state.step)
-    ended = time.monotonic()
-
-    def report(pending) -> tuple[dict, bool]:
-        """Fetches a finished step's numbers: one step late, so that the device never waits for the host.
-
-        Returns where the data of all hosts stood, and whether one of them was asked to stop.
-        """
-        nonlocal ended
-        number, found, counts, channels, waited, data, held_out = pending
-        values = {name: float(value) for name, value in jax.device_get(found).items()}
-        counts = {name: int(value) if name != "pairs" else value for name, value in counts().items()}
-        examples, blank, asked = (counts.pop(name) for name in ("examples", "blank", "asked"))
-        data = {**data, "blank": blank}
-        pipeline.check_broken(data, config.data.max_bad)
-        now = time.monotonic()
-        seconds, ended = now - ended, now
-        work = flops.Work(**counts, channels=channels)
-        values = (
-            {"examples": examples, "skipped": data["skipped"] + blank}
-            | values
-            | {
-                "tokens_per_second": work.tokens / seconds,
-                **ledger.utilisation(work, seconds),
-                "step_seconds": seconds,
-                "data_wait_seconds": waited,
-            }
-            | held_out
-        )
-        if metrics.due(number) or held_out:
-            metrics.write(number, values)
-        progress.update(number, values)
-        check_finite(number, values)
-        return data, bool(asked)
-
-    while done < config.train.steps:
-        began = time.monotonic()
-        batch = next(batches)
-        waited = time.monotonic() - began
-        trace.before(done + 1)
-        state, found = step(state, hosts.place(batch, setup.mesh, config.data.groups))
-        stop = False
-        if pending:
-            _, stop = report(pending)
-        done += 1
-        trace.after(done, found)
-        work, data = flops.count(batch), batches.get_state()
-        counts = {"examples": int(batch["example_mask"].sum()), "blank": data["blank"], "asked": asked_to_stop()}
-        counts |= {name: value for name, value in dataclasses.asdict(work).items() if name != "channels"}
-        held_out = {}
-        if validate and done % config.evaluate.every == 0:
-            jax.block_until_ready(found)
-            began = time.monotonic()
-            held_out = validate(state)
-            ended += time.monotonic() - began  # no part of the step's own time
-        pending = (done, found, hosts.summed(counts), work.channels, waited, data, held_out)
-        # Many hosts stop at the same step: the first at which all know that one was asked.
-        last, stop = done == config.train.steps, stop or (bool(counts["asked"]) and jax.process_count() == 1)
-        if last or stop or checkpoints.due(done):
-            # The lines up to a checkpoint stand before it does: a kill in between must not lose any.
-            data, asked = report(pending)
-            pending, stop = None, stop or asked
-            save(checkpoints, state, data, {"metrics": metrics.checksum()})
-        if stop and not last:
-            checkpoints.wait()
-            progress.say(f"stopped after step {done}; the same command goes on from there")
-            # A host that only heard of it takes the signal that schedulers send.
-            return state, asked_to_stop.number or signal.SIGTERM
-    return state, 0
-
-
-def check_finite(step: int, values: dict[str, float]) -> None:
-    """Raises UserError where a step's loss or gradient is not finite."""
-    for name, words in (("loss/total", "loss"), ("grad_norm", "norm of the gradient")):
-        if not np.isfinite(values.get(name, 0.0)):
-            raise UserError(
-                f"step {step}: the {words} is {values[name]}; the checkpoints before it are whole. "
-                f"Expected a finite {words}: try a lower config.train.learning_rate or config.train.clip"
-            )

@@ -12,8 +12,8 @@ from flax import nnx
 from latent_jax import train
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export
+from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from latent_jax.models.weights import Structure
 from latent_jax.runtime import metrics
 from latent_jax.runtime.checkpoints import Checkpoints
 from tests.reference import small

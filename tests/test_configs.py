@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_jax import config as schema
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from latent_jax import config as schema
 from latent_jax import convert
+from latent_jax.config import schema
 from latent_jax.data.images import ImageSpec
 from latent_jax.errors import UserError
-from latent_jax.exported import document
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.card import stated_license
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.runtime import files
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.workdir import CHECKPOINTS, CONFIG, FINISHED, ORIGIN, Run, card
+from latent_jax.training.latent_config import document
+from latent_jax.training.workdir import CHECKPOINTS, CONFIG, FINISHED, ORIGIN, Run, card
 from tests.models import tiny_hf
 from tests.reference import small
 

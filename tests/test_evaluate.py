@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import evaluate, main
 from latent_jax.benchmarks import gqa
+from latent_jax.config import schema
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_jax import config as schema
-from latent_jax import train, workdir
+from latent_jax import train
+from latent_jax.config import schema
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.models import hf_io
+from latent_jax.training import workdir
 from tests.reference import small, untimed
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import main, methods
+from latent_jax.config import schema
+from latent_jax.config.fields import option
 from latent_jax.errors import UserError
-from latent_jax.fields import option
 from latent_jax.methods.contract import Method
 
 

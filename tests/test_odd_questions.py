@@ -7,8 +7,8 @@ import pytest
 
 from latent_jax import evaluate
 from latent_jax.assets import TINY_VL
-from latent_jax.benchmarks.settings import benchmarks
-from latent_jax.data.chat import Codec
+from latent_jax.config.evaluation import benchmarks
+from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend
 from tests.reference import benchmark_records as records
@@ -20,8 +20,8 @@ MORE = range(4, 24)
 
 
 @functools.cache
-def codec() -> Codec:
-    return Codec.from_directory(TINY_VL)
+def processor() -> Processor:
+    return Processor.from_directory(TINY_VL)
 
 
 def backend(benchmark: str) -> Backend:
@@ -29,7 +29,7 @@ def backend(benchmark: str) -> Backend:
 
     def answer(conversations, tokens):
         for messages in conversations:
-            codec().lay_out(codec().render(messages, add_generation_prompt=True))
+            processor().lay_out(processor().render(messages, add_generation_prompt=True))
         return [REPLIES[benchmark]] * len(conversations)
 
     return Backend(answer, dict(PIXELS))

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import plan as command
-from latent_jax import planning
 from latent_jax.assets import TINY_VL
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 from latent_jax.main import parse
-from latent_jax.runtime import topologies
+from latent_jax.perf import planning, topologies
 
 ROOT = Path(__file__).resolve().parents[1]
 # Wide enough that weights are much larger than whatever else moves, narrow enough to compile in seconds.
@@ -179,20 +178,23 @@ def test_the_frozen_encoder_is_bfloat16_and_has_no_optimiser_state():
 
 
 def test_the_batch_is_the_one_that_training_would_choose_for_such_examples():
-    setup, budgets, work = planning.prepare(published(), jax.devices()[:8])
-    assert (budgets.groups, budgets.examples, budgets.slots, budgets.image_patches) == (8, 32, 144, 576)
+    setup, batch_shape, work = planning.prepare(published(), jax.devices()[:8])
+    assert (batch_shape.groups, batch_shape.examples, batch_shape.slots, batch_shape.image_patches) == (8, 32, 144, 576)
     # 32 examples of 144 slots and 64 words, in rows of at most 4096 tokens.
-    assert budgets.rows * budgets.tokens == pytest.approx(32 * 208, rel=0.1) and budgets.tokens <= 4096
-    assert budgets.patches == pytest.approx(32 * 576, rel=0.1)
-    assert work.tokens == 8 * budgets.rows * budgets.tokens
-    assert {name: leaf.shape[:2] for name, leaf in planning.abstract_batch(budgets, setup).items()}["patches"] == (1, 8)
+    assert batch_shape.rows * batch_shape.tokens == pytest.approx(32 * 208, rel=0.1) and batch_shape.tokens <= 4096
+    assert batch_shape.patches == pytest.approx(32 * 576, rel=0.1)
+    assert work.tokens == 8 * batch_shape.rows * batch_shape.tokens
+    assert {name: leaf.shape[:2] for name, leaf in planning.abstract_batch(batch_shape, setup).items()}["patches"] == (
+        1,
+        8,
+    )
 
 
 def test_sizes_that_the_config_names_are_kept():
     asked = published("data.rows=3", "data.tokens=640", "data.patches=1024", "train.accumulate=2", file="finetune")
-    _, budgets, _ = planning.prepare(asked, jax.devices()[:8])
-    assert (budgets.micro, budgets.rows, budgets.tokens, budgets.patches) == (2, 3, 640, 1024)
-    assert budgets.examples == 128 // 16
+    _, batch_shape, _ = planning.prepare(asked, jax.devices()[:8])
+    assert (batch_shape.micro, batch_shape.rows, batch_shape.tokens, batch_shape.patches) == (2, 3, 640, 1024)
+    assert batch_shape.examples == 128 // 16
 
 
 def test_a_model_that_is_not_here_is_named():
@@ -218,9 +220,10 @@ def test_any_other_failure_is_one_line():
 
 
 def failed(asked, arguments: int, temporaries: int):
-    setup, budgets, work = planning.prepare(asked, jax.devices()[:8])
+    setup, batch_shape, work = planning.prepare(asked, jax.devices()[:8])
     return planning.Plan(
-        config=asked, topology=topologies.parse("a100-40gb:8"), mesh=dict(replica=1, fsdp=8, tp=1), budgets=budgets,
+        config=asked, topology=topologies.parse("a100-40gb:8"), mesh=dict(replica=1, fsdp=8, tp=1),
+        batch_shape=batch_shape,
         work=work, attention=setup.attention, arguments={"parameters": arguments}, model_flops=(0.0, 0.0),
         temporaries=temporaries, peak=arguments + temporaries, memory=40, refused="", compiled=None,
     )  # fmt: skip

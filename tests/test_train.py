@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_jax import train, workdir
+from latent_jax import train
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.errors import UserError
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import metrics
+from latent_jax.training import workdir
 from tests.reference import small, untimed
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ import sys
 from absl import flags
 
 from latent_jax import main as command
-from latent_jax.command import command as as_command
 from latent_jax.errors import UserError
+from latent_jax.runtime.command import command as as_command
 
 
 @as_command

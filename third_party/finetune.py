@@ -18,18 +18,19 @@ import torch
 import transformers
 from absl import flags
 
-from latent_jax import config as schema
 from latent_jax import main as command
-from latent_jax import optimizer, train
+from latent_jax import train
 from latent_jax.assets import TINY_VL
-from latent_jax.command import command as as_command
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.models.hf_io import resolve
 from latent_jax.runtime import preemption
+from latent_jax.runtime.command import command as as_command
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
-from latent_jax.workdir import CHECKPOINTS, CONFIG
+from latent_jax.training import optimizer
+from latent_jax.training.workdir import CHECKPOINTS, CONFIG
 from third_party.checkpoints import Checkpoints, export
 from third_party.families import open_processor
 from third_party.model import Tuned

@@ -7,12 +7,12 @@ from typing import Any
 
 import grain
 
-from latent_jax import config as schema
+from latent_jax.config import schema
 from latent_jax.data import pipeline
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.runtime import metrics
-from latent_jax.workdir import CONFIG
+from latent_jax.training.workdir import CONFIG
 from third_party.processor import Processor, Row
 
 # What decides which conversations stand in which step.

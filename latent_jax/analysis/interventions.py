@@ -16,10 +16,10 @@ from jaxtyping import Float
 
 from latent_jax.analysis.geometry import pairwise_cosine
 from latent_jax.benchmarks.rows import Item
-from latent_jax.benchmarks.settings import LATENTS
-from latent_jax.compare import compare
+from latent_jax.config.evaluation import LATENTS
 from latent_jax.errors import UserError
-from latent_jax.imagined import Thought
+from latent_jax.evaluation.paired import compare
+from latent_jax.inference.prompts import Thought
 from latent_jax.runtime import files
 
 SAMPLE = 256  # questions whose latents are looked at, spread over all

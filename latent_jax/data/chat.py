@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_jax import fields
+from latent_jax.config import fields
 from latent_jax.data import images as pixels
 from latent_jax.data import stretches
 from latent_jax.data import tokenizer as tokenizers
@@ -29,7 +29,7 @@ _PLACEHOLDER = re.compile(r"<\|vision_start\|>(<\|(?:image|video)_pad\|>)<\|visi
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Codec:
+class Processor:
     """A checkpoint's tokenizer and image preprocessing, with the ids that tie them together. Safe to share by threads.
 
     `tokenizer` is a fast HF tokenizer with Qwen's special tokens and a chat template; `tokens_per_second` is
@@ -48,22 +48,22 @@ class Codec:
     @classmethod
     def from_directory(
         cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
-    ) -> "Codec":
+    ) -> "Processor":
         """Reads tokenizer, preprocessor_config.json and config.json of an HF checkpoint directory."""
         directory = Path(directory)
         image = ImageSpec.from_directory(directory, min_pixels, max_pixels)
         config, where = pixels.read_json(directory / "config.json"), directory / "config.json"
         seconds = config["vision_config"].get("tokens_per_second", 4)
         seconds = fields.check(f"{where}: vision_config.tokens_per_second", seconds, float, dict(above=0, high=10**6))
-        codec = cls(tokenizers.read(directory), image, seconds)
-        for key, ours in (("image_token_id", codec.image_token_id), ("video_token_id", codec.video_token_id)):
+        processor = cls(tokenizers.read(directory), image, seconds)
+        for key, ours in (("image_token_id", processor.image_token_id), ("video_token_id", processor.video_token_id)):
             if config.get(key, ours) != ours:
                 raise UserError(f"{where}: {key} is {fields.shown(config[key])}, the tokenizer's is {ours}")
         text = config.get("text_config")
         rows = {**config, **(text if isinstance(text, dict) else {})}.get("vocab_size")
         if rows is not None:
-            codec.check_rows(fields.check(f"{where}: vocab_size", rows, int, dict(low=1)), str(directory))
-        return codec
+            processor.check_rows(fields.check(f"{where}: vocab_size", rows, int, dict(low=1)), str(directory))
+        return processor
 
     def check_rows(self, rows: int, where: str) -> None:
         """Raises UserError where the tokenizer has a token that an embedding of so many rows has no row for.

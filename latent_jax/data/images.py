@@ -20,7 +20,7 @@ import PIL.ExifTags
 import PIL.Image
 from jaxtyping import Int32, UInt8
 
-from latent_jax import fields
+from latent_jax.config import fields
 from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 

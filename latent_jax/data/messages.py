@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_jax import fields
+from latent_jax.config import fields
 from latent_jax.data.layout import Image, Part, Slots, Video
 from latent_jax.errors import UserError
 

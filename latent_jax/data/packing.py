@@ -15,7 +15,7 @@ Drawn = Callable[[], Example | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Budgets:
+class BatchShape:
     """Static shape of a batch: A micro-steps of G groups of B rows of T tokens, P patches, E examples of S slots, J
     targets and Q reads.
 
@@ -49,7 +49,7 @@ class Budgets:
         if self.patches % self.merge_unit:
             raise UserError(f"{self}: patches must be a multiple of merge_unit {self.merge_unit}")
 
-    def with_room(self, room: Room) -> "Budgets":
+    def with_room(self, room: Room) -> "BatchShape":
         return dataclasses.replace(self, **dataclasses.asdict(room))
 
     def check(self, example: Example) -> "Size":
@@ -90,7 +90,7 @@ class Budgets:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What of an example counts against budgets."""
+    """What of an example counts against batch_shape."""
 
     tokens: int
     patches: int
@@ -134,18 +134,18 @@ class Packer:
     of several holds.
     """
 
-    def __init__(self, budgets: Budgets, own: Sequence[int] | None = None):
-        self.budgets = budgets
-        groups = range(budgets.groups) if own is None else own
+    def __init__(self, batch_shape: BatchShape, own: Sequence[int] | None = None):
+        self.batch_shape = batch_shape
+        groups = range(batch_shape.groups) if own is None else own
         # Flat place of a group in the whole step -> its flat place in what is built.
-        whole = [micro * budgets.groups + group for micro in range(budgets.micro) for group in groups]
+        whole = [micro * batch_shape.groups + group for micro in range(batch_shape.micro) for group in groups]
         self._built = {group: at for at, group in enumerate(whole)}
-        self._kept = dataclasses.replace(budgets, groups=len(groups))
+        self._kept = dataclasses.replace(batch_shape, groups=len(groups))
         self._count = 0
         self._open()
 
     def _open(self) -> None:
-        self._fit = FirstFit(self.budgets)
+        self._fit = FirstFit(self.batch_shape)
         self._empty_step = True
         self._placed: list[tuple[Drawn, int, int, int]] = []
 
@@ -157,7 +157,7 @@ class Packer:
         `number` is what batch["number"] says of the example; None: how many this packer took before it.
         Raises UserError (and takes nothing) where the example alone exceeds a budget.
         """
-        size = self.budgets.check(example)
+        size = self.batch_shape.check(example)
         place = self._fit.place(size)
         finished = None
         if place is None:
@@ -184,11 +184,11 @@ class Packer:
 class FirstFit:
     """Room left in every group (flat over A and G) and row of one step."""
 
-    def __init__(self, budgets: Budgets):
-        bins = budgets.micro * budgets.groups
-        self.patches = [budgets.patches] * bins
-        self.examples = [budgets.examples] * bins
-        self.tokens = [[budgets.tokens] * budgets.rows for _ in range(bins)]
+    def __init__(self, batch_shape: BatchShape):
+        bins = batch_shape.micro * batch_shape.groups
+        self.patches = [batch_shape.patches] * bins
+        self.examples = [batch_shape.examples] * bins
+        self.tokens = [[batch_shape.tokens] * batch_shape.rows for _ in range(bins)]
 
     def place(self, size: Size) -> tuple[int, int] | None:
         """(group, row) of the first fit, whose room it takes; None where nothing fits."""
@@ -215,26 +215,28 @@ def first_fit(lengths: Iterable[int], tokens: int) -> list[tuple[int, int]]:
     return places
 
 
-def _build(placed: Sequence[tuple[Drawn, int, int, int]], budgets: Budgets) -> Batch:
+def _build(placed: Sequence[tuple[Drawn, int, int, int]], batch_shape: BatchShape) -> Batch:
     """The arrays of one step."""
-    lead = budgets.micro * budgets.groups
-    batch = empty(lead, budgets)
-    writers = [Writer({name: array[group] for name, array in batch.items()}, budgets) for group in range(lead)]
+    lead = batch_shape.micro * batch_shape.groups
+    batch = empty(lead, batch_shape)
+    writers = [Writer({name: array[group] for name, array in batch.items()}, batch_shape) for group in range(lead)]
     for drawn, group, row, number in placed:
         if (example := drawn()) is not None:
             writers[group].write(example, row, number=number)
-    return {name: array.reshape(budgets.micro, budgets.groups, *array.shape[1:]) for name, array in batch.items()}
+    return {
+        name: array.reshape(batch_shape.micro, batch_shape.groups, *array.shape[1:]) for name, array in batch.items()
+    }
 
 
-def shapes(budgets: Budgets) -> dict[str, tuple[tuple[int, ...], type]]:
+def shapes(batch_shape: BatchShape) -> dict[str, tuple[tuple[int, ...], type]]:
     """Every array of a batch: its shape behind (A, G), and its dtype. What there is no room for is left out."""
-    B, T, P, E = budgets.rows, budgets.tokens, budgets.patches, budgets.examples
-    S, J, Q = budgets.slots, budgets.targets, budgets.reads
+    B, T, P, E = batch_shape.rows, batch_shape.tokens, batch_shape.patches, batch_shape.examples
+    S, J, Q = batch_shape.slots, batch_shape.targets, batch_shape.reads
     arrays = {
         **dict.fromkeys(("tokens", "segment_ids", "view_ids", "targets", "feature_index"), ((B, T), np.int32)),
         "positions": ((B, 3, T), np.int32),
         "loss_weights": ((B, T), np.float32),
-        "patches": ((P, budgets.channels), np.uint8),
+        "patches": ((P, batch_shape.channels), np.uint8),
         "patch_positions": ((P, 2), np.int32),
         **dict.fromkeys(("patch_window", "patch_image"), ((P,), np.int32)),
         "example_mask": ((E,), bool),
@@ -247,19 +249,19 @@ def shapes(budgets: Budgets) -> dict[str, tuple[tuple[int, ...], type]]:
         arrays |= {"target_mask": ((E, J), bool)}
     if Q:
         arrays |= {"read_index": ((E, Q), np.int32), "read_mask": ((E, Q), bool)}
-    if budgets.target_slots:
-        shape = (E, budgets.target_slots, budgets.target_size)
-        arrays["target_latents"] = (shape, np.dtype(budgets.target_dtype))
-    if budgets.regress:
+    if batch_shape.target_slots:
+        shape = (E, batch_shape.target_slots, batch_shape.target_size)
+        arrays["target_latents"] = (shape, np.dtype(batch_shape.target_dtype))
+    if batch_shape.regress:
         arrays["feature_weights"] = ((B, T), np.float32)
-    if budgets.hidden:
+    if batch_shape.hidden:
         arrays |= dict.fromkeys(("hidden", "late"), ((B, T), bool))
     return arrays
 
 
-def empty(lead: int, budgets: Budgets) -> Batch:
+def empty(lead: int, batch_shape: BatchShape) -> Batch:
     """The arrays of `lead` groups without an example."""
-    batch = {name: np.zeros((lead, *shape), dtype) for name, (shape, dtype) in shapes(budgets).items()}
+    batch = {name: np.zeros((lead, *shape), dtype) for name, (shape, dtype) in shapes(batch_shape).items()}
     batch["feature_index"].fill(-1)
     return batch
 
@@ -267,19 +269,19 @@ def empty(lead: int, budgets: Budgets) -> Batch:
 class Writer:
     """Writes examples into the arrays of one group, each behind what is written already."""
 
-    def __init__(self, group: Batch, budgets: Budgets):
-        self.group, self.budgets = group, budgets
+    def __init__(self, group: Batch, batch_shape: BatchShape):
+        self.group, self.batch_shape = group, batch_shape
         self.examples = 0
-        self._tokens = [0] * budgets.rows
+        self._tokens = [0] * batch_shape.rows
         self._patches = self._windows = self._images = self._given = 0
 
     def write(self, example: Example, row: int, first: int | None = None, number: int = 0) -> None:
         """One example into a row, from token `first` on; None: behind the row's last one."""
         first = self._tokens[row] if first is None else first
-        given = given_features(example, self.budgets.merge_unit)
+        given = given_features(example, self.batch_shape.merge_unit)
         self._write_tokens(example, row, slice(first, first + len(example.tokens)), given)
         self._write_patches(example)
-        self._write_example(example, row * self.budgets.tokens + first, number)
+        self._write_example(example, row * self.batch_shape.tokens + first, number)
         self._tokens[row] = max(self._tokens[row], first + len(example.tokens))
         self._patches += len(example.patches)
         self._windows += int(example.patch_window.max(initial=0))
@@ -301,13 +303,13 @@ class Writer:
     def _in_group(self, example: Example, given: int) -> np.ndarray:
         """Its feature indices in the group: visual tokens follow the neighbours'; learned slot s is M + s for every
         example; given features follow the neighbours' from M + S on."""
-        budgets, index = self.budgets, example.feature_index
-        m, M = len(example.patches) // budgets.merge_unit, budgets.patches // budgets.merge_unit
+        batch_shape, index = self.batch_shape, example.feature_index
+        m, M = len(example.patches) // batch_shape.merge_unit, batch_shape.patches // batch_shape.merge_unit
         S = len(example.slots)
-        found = np.where(index < 0, -1, index + self._patches // budgets.merge_unit)
+        found = np.where(index < 0, -1, index + self._patches // batch_shape.merge_unit)
         if S or given:
             slot = index - m + M
-            outside = slot - S + budgets.slots + self._given
+            outside = slot - S + batch_shape.slots + self._given
             found = np.where(index < m, found, np.where(index < m + S, slot, outside))
         return found
 
@@ -315,7 +317,7 @@ class Writer:
         if not len(example.patches):
             return
         group, here = self.group, slice(self._patches, self._patches + len(example.patches))
-        group["patches"][here] = widen(example.patches, self.budgets.channels)
+        group["patches"][here] = widen(example.patches, self.batch_shape.channels)
         group["patch_positions"][here] = example.patch_positions
         group["patch_window"][here] = example.patch_window + self._windows
         group["patch_image"][here] = example.patch_image + self._images
@@ -338,9 +340,9 @@ class Writer:
             group["target_mask"][place] = True
 
 
-def batches(examples: Iterable[Example], budgets: Budgets) -> Iterator[Batch]:
+def batches(examples: Iterable[Example], batch_shape: BatchShape) -> Iterator[Batch]:
     """Every example exactly once, in order, the last batch padded; batch["number"] counts them."""
-    packer = Packer(budgets)
+    packer = Packer(batch_shape)
     for example in examples:
         if (batch := packer.add(example)) is not None:
             yield batch

@@ -19,9 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example, Layout
-from latent_jax.data.packing import Batch, Budgets, Packer, Size, size_of
+from latent_jax.data.packing import Batch, BatchShape, Packer, Size, size_of
 from latent_jax.errors import UserError, one_line
 
 LayoutFn = Callable[[dict, int], Layout]
@@ -59,8 +59,8 @@ def make_dataset(
     source: Source | Sequence[tuple[Source, float]],
     *,
     layout_fn: LayoutFn,
-    codec: Codec,
-    budgets: Budgets,
+    processor: Processor,
+    batch_shape: BatchShape,
     seed: int = 0,
     shuffle: bool = True,
     epochs: int | None = None,
@@ -73,18 +73,18 @@ def make_dataset(
 
     `layout_fn(record, index)` gets the sample's place in the global order (over epochs and processes). `shuffle` draws
     a new order each epoch from `seed`; `epochs` None repeats for ever; a mixture ends with the first source that does.
-    `budgets` are those of the whole step; `own` the groups of it that this host builds, None all. Every host walks the
-    one global order, reading and tokenising each record, and decodes the images of its own groups alone: the batches of
-    all hosts side by side are those of one, and so is the state between them. Batches depend on nothing else: not on
-    `threads`, not on `prefetch`. Raises UserError where a source is empty.
+    `batch_shape` is that of the whole step; `own` the groups of it that this host builds, None all. Every host walks
+    the one global order, reading and tokenising each record, and decodes the images of its own groups alone: the
+    batches of all hosts side by side are those of one, and so is the state between them. Batches depend on nothing
+    else: not on `threads`, not on `prefetch`. Raises UserError where a source is empty.
     """
     samples = in_order(source, seed, shuffle, epochs)
-    shared = own is not None and len(own) < budgets.groups
-    examples = samples.map_with_index(functools.partial(_lay_out, layout_fn, codec, budgets, shared))
+    shared = own is not None and len(own) < batch_shape.groups
+    examples = samples.map_with_index(functools.partial(_lay_out, layout_fn, processor, batch_shape, shared))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return BatchIterator(
         lambda: iter(examples.to_iter_dataset(options)),
-        functools.partial(Packer, budgets, own),
+        functools.partial(Packer, batch_shape, own),
         threads if shared else 0,
         max_broken,
         prefetch,
@@ -124,7 +124,7 @@ def _ordered(source: Source, seed: int, shuffle: bool, epochs: int | None) -> gr
 
 
 def _lay_out(
-    layout_fn: LayoutFn, codec: Codec, budgets: Budgets, shared: bool, index: int, record: dict
+    layout_fn: LayoutFn, processor: Processor, batch_shape: BatchShape, shared: bool, index: int, record: dict
 ) -> "_Sample | _Broken":
     """A record measured, and drawn too unless the groups are `shared` by hosts: then only its own host draws it."""
     drawn = None
@@ -134,34 +134,36 @@ def _lay_out(
             if not shared:
                 try:
                     with telling(record):
-                        example = codec.lay_out(layout)
-                        budgets.check(example)
+                        example = processor.lay_out(layout)
+                        batch_shape.check(example)
                         return _Sample(example, lambda: example, int(index))
                 except UserError as caught:
                     drawn = caught
-            outline = codec.lay_out(layout, draw=False)
-            budgets.check(outline)
+            outline = processor.lay_out(layout, draw=False)
+            batch_shape.check(outline)
     except UserError as caught:
         return _Broken(str(drawn or caught))
-    return _Sample(outline, functools.partial(_draw, codec, layout, size_of(outline)), int(index))
+    return _Sample(outline, functools.partial(_draw, processor, layout, size_of(outline)), int(index))
 
 
-def _draw(codec: Codec, layout: Layout, size: Size) -> Example:
+def _draw(processor: Processor, layout: Layout, size: Size) -> Example:
     with telling({"key": layout.key}):
-        example = codec.lay_out(layout)
+        example = processor.lay_out(layout)
         if size_of(example) != size:
             raise UserError(f"record {layout.key!r}: its images have another size than their headers say")
     return example
 
 
-def usable(records: Iterable[dict], layout_fn: LayoutFn, codec: Codec, budgets: Budgets) -> Iterator[Example]:
+def usable(
+    records: Iterable[dict], layout_fn: LayoutFn, processor: Processor, batch_shape: BatchShape
+) -> Iterator[Example]:
     """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
     first, count = None, 0
     for index, record in enumerate(records):
         try:
             with telling(record):
-                example = codec.lay_out(layout_fn(record, index))
-                budgets.check(example)
+                example = processor.lay_out(layout_fn(record, index))
+                batch_shape.check(example)
         except UserError as problem:
             first = first or problem
             continue
@@ -360,7 +362,7 @@ class _Worker:
             self._thread.join()
 
 
-def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 256) -> list[Example]:
+def sample_examples(source: Source, layout_fn: LayoutFn, processor: Processor, n: int = 256) -> list[Example]:
     """Examples from all over a source, in order, for budgeting.choose. Their pixels are dropped, their shapes are not.
 
     Broken records are left out; UserError naming the first of them where nothing is left.
@@ -372,7 +374,7 @@ def sample_examples(source: Source, layout_fn: LayoutFn, codec: Codec, n: int = 
         record = source[index * len(source) // count]
         try:
             with telling(record):
-                example = codec.lay_out(layout_fn(record, index))
+                example = processor.lay_out(layout_fn(record, index))
         except UserError as problem:
             first_broken = first_broken or str(problem)
             continue

@@ -11,6 +11,6 @@ def described(record: dict, caption: str) -> list[dict]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
 
 
-def describe(record: dict, caption: str, codec) -> Layout:
+def describe(record: dict, caption: str, processor) -> Layout:
     """Layout of an ordinary image -> caption example, through the tokenizer's chat template."""
-    return codec.render(described(record, caption), key=record["key"])
+    return processor.render(described(record, caption), key=record["key"])

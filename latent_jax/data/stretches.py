@@ -1,4 +1,4 @@
-"""Parts to tokens: the trunk of a layout or one of its views, as arrays that chat.Codec puts together to an Example."""
+"""Parts to tokens: the trunk of a layout or one of its views, as arrays that make up an Example."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from latent_jax.data.positions import Grid
 from latent_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from latent_jax.data.chat import Codec
+    from latent_jax.data.chat import Processor
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 LOSS, LATE, HIDDEN, REGRESSED = 1, 2, 4, 8  # flags of a token
@@ -54,7 +54,7 @@ class Visual:
         return self.first_merged + pixels.merged_index(self.patches, self.spec.merge_size)
 
 
-def stretch(codec: "Codec", parts: Sequence[Part], visuals: Mapping[int, Visual], key: str) -> Stretch:
+def stretch(processor: "Processor", parts: Sequence[Part], visuals: Mapping[int, Visual], key: str) -> Stretch:
     """The trunk or one view. Raises UserError naming the record where a text cannot be shown, or where nothing is."""
     pieces: list[Stretch] = []
     texts: list[Text | Read] = []
@@ -63,10 +63,10 @@ def stretch(codec: "Codec", parts: Sequence[Part], visuals: Mapping[int, Visual]
             texts.append(part)
             continue
         if texts:
-            pieces.append(_text(codec, texts, key))
+            pieces.append(_text(processor, texts, key))
             texts = []
         if part is not None:
-            pieces.append(_block(codec, part, visuals))
+            pieces.append(_block(processor, part, visuals))
     if not pieces:
         raise UserError(f"{record(key)}nothing to show (an empty trunk or view)")
     arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "flags", "features")]
@@ -77,14 +77,14 @@ def stretch(codec: "Codec", parts: Sequence[Part], visuals: Mapping[int, Visual]
     return Stretch(*arrays, [span for piece in pieces for span in piece.spans], reads)
 
 
-def _text(codec: "Codec", parts: Sequence[Text | Read], key: str) -> Stretch:
+def _text(processor: "Processor", parts: Sequence[Text | Read], key: str) -> Stretch:
     """Adjacent texts tokenised as one string; a token has the flags of all of its characters."""
     texts = [part for part in parts if isinstance(part, Text)]
     text = "".join([part.text for part in texts])
     if IMAGE_PAD in text or VIDEO_PAD in text:
         raise UserError(f"{record(key)}{IMAGE_PAD} or {VIDEO_PAD} stands in its text")
     try:
-        encoding = codec.encode(text)
+        encoding = processor.encode(text)
     except UserError as problem:
         raise UserError(f"{record(key)}{problem}") from None
     start, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -107,7 +107,7 @@ def _text(codec: "Codec", parts: Sequence[Text | Read], key: str) -> Stretch:
     return Stretch(tokens, flags, np.full(len(tokens), -1, np.int32), [len(tokens)], reads)
 
 
-def _block(codec: "Codec", part: Image | Video | Slots, visuals: Mapping[int, Visual]) -> Stretch:
+def _block(processor: "Processor", part: Image | Video | Slots, visuals: Mapping[int, Visual]) -> Stretch:
     """Placeholders, between the vision marks where the part has them."""
     flags, opening, closing = 0, 0, 0
     span: int | Grid
@@ -117,16 +117,16 @@ def _block(codec: "Codec", part: Image | Video | Slots, visuals: Mapping[int, Vi
         opening, closing = LOSS * (part.loss != ""), LOSS * (part.loss == "both")
     else:
         visual = visuals[part.index]
-        interval = codec.tokens_per_second * part.second_per_grid if isinstance(part, Video) else 1.0
+        interval = processor.tokens_per_second * part.second_per_grid if isinstance(part, Video) else 1.0
         span, features = Grid(*visual.merged_grid, interval), visual.features
         if isinstance(part, Image):
             closing = HIDDEN * part.hidden
             opening, flags = closing | LOSS * part.loss, closing | REGRESSED * part.loss
-    pad = codec.video_token_id if isinstance(part, Video) else codec.image_token_id
+    pad = processor.video_token_id if isinstance(part, Video) else processor.image_token_id
     count = len(features)
     if isinstance(part, Slots) and not part.marks:
         return Stretch(np.full(count, pad, np.int32), np.full(count, flags, np.uint8), features, [span], [])
-    before, after = codec.vision_marks
+    before, after = processor.vision_marks
     return Stretch(
         _between(before, np.full(count, pad, np.int32), after),
         _between(opening, np.full(count, flags, np.uint8), closing),

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from latent_jax import fields
+from latent_jax.config import fields
 from latent_jax.data import templates
 from latent_jax.data.images import read_json
 from latent_jax.errors import UserError, one_line

@@ -57,7 +57,7 @@ class Think:
     They may come from sequences of their own, and what the answer sees may be another thing than what was predicted.
 
     shape: (config) -> what the answer holds in a part's place: rows and columns of visual tokens, or a number of them.
-    layouts: (messages, config, codec, variant) -> the sequences that are thought over, one for each imagine part.
+    layouts: (messages, config, processor, variant) -> the sequences that are thought over, one for each imagine part.
     run: (model, batch of such sequences with G = 1 and E = X, config, keys (X,), temperature) -> (latents (X, S, Z) in
       their own space, inputs (X, M, D) that stand in the answer), compiled with a static config. A key is of what its
       sequence says and of a seed, whatever else is in the batch; at temperature 0 nothing is drawn.
@@ -78,7 +78,7 @@ class Method:
     """A training method.
 
     sections: the config sections that it declares, name -> frozen dataclass of `fields.option`s.
-    layout: (record, index in the data order, config, codec) -> what an example shows; the same for the same arguments.
+    layout: (record, index in the data order, config, processor) -> what an example shows, a function of just these.
     coefficients: (config, fraction of the run) -> the weight of every term of the loss.
     weights: (batch, config) -> what every term's sum is divided by, from the batch alone: micro-steps and devices add
       their sums without knowing of each other.

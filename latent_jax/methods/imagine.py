@@ -21,11 +21,11 @@ from latent_jax.methods.contract import Method, Statistics
 from latent_jax.models.heads import LatentHead, LatentVLM
 
 
-def layout(record: dict, index: int, config, codec) -> Layout:
+def layout(record: dict, index: int, config, processor) -> Layout:
     """Questions about the image as views of it, slots after each question; image -> caption as it is in `sft`."""
     shown = sft.conversations(record, index, config, imagine=True)
     grid = pretrain.imagined_grid(config.latent)
-    return pretrain.with_slots(codec.render_conversations(shown, imagined_grid=grid, key=record["key"]))
+    return pretrain.with_slots(processor.render_conversations(shown, imagined_grid=grid, key=record["key"]))
 
 
 def room(config) -> Room:
@@ -45,7 +45,7 @@ def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
     return LatentHead(config.latent.grid**2, model_config.text.hidden_size, target, width, rngs=rngs)
 
 
-def fit_layout(record: dict, index: int, config, codec) -> Layout:
+def fit_layout(record: dict, index: int, config, processor) -> Layout:
     """What `fit` measures where the head is new: every image as a target."""
     return pretrain.imagine_layout("", config.latent, tuple(record["images"][:1]), record["key"])
 

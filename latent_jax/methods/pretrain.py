@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from latent_jax.config.fields import option
 from latent_jax.data.layout import Layout, Read, Room, Slots, Text
 from latent_jax.data.messages import imagine_parts
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
-from latent_jax.fields import option
 from latent_jax.losses import alignment, next_token, similarity
 from latent_jax.losses.pooling import adaptive_pool
 from latent_jax.losses.schedule import piecewise
@@ -80,14 +80,14 @@ TERMS = ("next_token", "similarity", "alignment")
 # ---------------------------------------------------------------- host half
 
 
-def layout(record: dict, index: int, config, codec) -> Layout:
+def layout(record: dict, index: int, config, processor) -> Layout:
     """Caption -> slots, or, for the replay share, image -> caption. Deterministic in (record, index, config)."""
     captions = _captions(record)
     choice = 0
     if config.latent.captions == "random":
         choice = int(np.random.default_rng((config.seed, index)).integers(len(captions)))
     if _replayed(index + 1, config.data.replay) > _replayed(index, config.data.replay):
-        return describe(record, captions[choice], codec)
+        return describe(record, captions[choice], processor)
     return target_layout(captions[choice], record, config.latent)
 
 
@@ -169,7 +169,7 @@ def statistics_examples(config) -> int:
     return config.latent.statistics_examples
 
 
-def fit_layout(record: dict, index: int, config, codec) -> Layout:
+def fit_layout(record: dict, index: int, config, processor) -> Layout:
     """What `fit` measures: every image as a target."""
     return target_layout(_captions(record)[0], record, config.latent)
 
@@ -261,7 +261,7 @@ def merge_latents(vlm, latents: Float[Array, "X S Z"], side: int) -> Float[Array
     return vlm.vision.merger(cells.reshape(X, side * side, Z).astype(vlm.vision.merger.fc1.dtype))
 
 
-def think_layouts(messages, config, codec, variant: str) -> list[Layout]:
+def think_layouts(messages, config, processor, variant: str) -> list[Layout]:
     """What is thought over for every imagine part: the caption sequence of its text, or, of the one part without text,
     the conversation up to the answer with slots in the part's place."""
     found = []
@@ -269,7 +269,7 @@ def think_layouts(messages, config, codec, variant: str) -> list[Layout]:
         if "text" in part:
             found.append(imagine_layout(part["text"], config.latent))
         else:
-            shown = codec.render(messages, add_generation_prompt=True, imagined_grid=imagined_grid(config.latent))
+            shown = processor.render(messages, add_generation_prompt=True, imagined_grid=imagined_grid(config.latent))
             found.append(with_slots(shown))
     return found
 
@@ -393,5 +393,5 @@ METHOD = Method(
         layout=cache_layout,
         encode=cache_targets,
     ),
-    report="latent_jax.analysis.imagination",
+    report="latent_jax.analysis.probe",
 )

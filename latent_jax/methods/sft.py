@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.benchmarks.rows import conversation
+from latent_jax.config.fields import option
 from latent_jax.data.layout import Layout
 from latent_jax.data.prompts import described
 from latent_jax.errors import UserError
-from latent_jax.fields import option
 from latent_jax.losses import next_token
 from latent_jax.losses.schedule import piecewise
 from latent_jax.methods.contract import Method
@@ -46,9 +46,9 @@ class Chat:
     suffix: str = option("", "plain only: what follows each question, such as an instruction to answer in one word")
 
 
-def layout(record: dict, index: int, config, codec) -> Layout:
+def layout(record: dict, index: int, config, processor) -> Layout:
     """What example `index` shows: its conversations as views of the images that they share."""
-    return codec.render_conversations(conversations(record, index, config), key=record["key"])
+    return processor.render_conversations(conversations(record, index, config), key=record["key"])
 
 
 def conversations(record: dict, index: int, config, imagine: bool = False) -> list[list[dict]]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from latent_jax.models.weights import Declare
+from latent_jax.models.parameters import Declare
 from latent_jax.ops.norm import rms_norm
 
 EPS = 1e-6

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
+from latent_jax.config.fields import shown
 from latent_jax.errors import UserError
-from latent_jax.fields import shown
 from latent_jax.models import hf_io, staging, sums, tensor_files
 from latent_jax.models.hf_io import INDEX_FILE, LATENT_CONFIG, LATENT_WEIGHTS, PIECE_BYTES, SINGLE_FILE, SMALL_FILES
 from latent_jax.models.origin import ORIGIN_FILE, Origin, check_origin, copy_files, set_limits, write_json

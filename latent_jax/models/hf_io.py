@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from latent_jax.config.fields import shown
 from latent_jax.errors import UserError
-from latent_jax.fields import shown
 from latent_jax.models import sums, tensor_files
 from latent_jax.models.qwen2_5_vl import hf_names
 from latent_jax.models.qwen2_5_vl.config import Config, from_json

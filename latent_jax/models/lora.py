@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 
 from latent_jax.errors import UserError
 from latent_jax.models.hf_export import host_rows
+from latent_jax.models.parameters import Declare
 from latent_jax.models.qwen2_5_vl.config import TextConfig
-from latent_jax.models.weights import Declare
 
 # What is adapted: every matrix of a layer, with the axes that it takes in. Its other axes come out. r is the rank.
 INPUTS = {"q": "D", "k": "D", "v": "D", "o": "N H", "gate": "D", "up": "D", "down": "F"}

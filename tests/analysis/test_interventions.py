@@ -8,14 +8,14 @@ import zlib
 import numpy as np
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import evaluate
 from latent_jax.analysis import interventions
-from latent_jax.benchmarks.settings import LATENTS
+from latent_jax.config import schema
+from latent_jax.config.evaluation import LATENTS
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend
-from latent_jax.imagined import Thought
-from tests import test_imagined as imagined
+from latent_jax.inference.prompts import Thought
+from tests.inference import test_prompts as imagined
 from tests.reference import benchmark_records as records
 
 SLOTS, WIDTH = 3, 4

@@ -7,18 +7,19 @@ import sys
 
 import pytest
 
-from latent_jax.answering import most_tokens
-from latent_jax.benchmarks import gqa, settings
+from latent_jax.benchmarks import gqa
+from latent_jax.config import evaluation
+from latent_jax.evaluation.answering import most_tokens
 
 
 def test_they_import_without_models():
-    modules = ", ".join(f"latent_jax.benchmarks.{name}" for name in settings.benchmarks())
+    modules = ", ".join(f"latent_jax.benchmarks.{name}" for name in evaluation.benchmarks())
     heavy = "{'jax', 'flax', 'torch', 'transformers', 'tensorflow_datasets', 'PIL'}"
     code = f"import sys, {modules}; assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", settings.benchmarks())
+@pytest.mark.parametrize("name", evaluation.benchmarks())
 def test_they_are_alike(name):
     module = importlib.import_module(f"latent_jax.benchmarks.{name}")
     assert module.SCORERS[0] == "official" and module.PROMPT.keys() == set(module.SCORERS)
@@ -34,4 +35,4 @@ def test_they_are_alike(name):
 
 
 def test_there_are_six():
-    assert settings.benchmarks() == ["blink", "gqa", "mmvp", "scienceqa", "vsp", "vstar"]
+    assert evaluation.benchmarks() == ["blink", "gqa", "mmvp", "scienceqa", "vsp", "vstar"]

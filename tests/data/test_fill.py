@@ -1,4 +1,4 @@
-"""How full the batches of the shipped configs are: budgets from a sample of lengths, judged on other examples."""
+"""How full the batches of the shipped configs are: batch_shape from a sample of lengths, judged on other examples."""
 
 import dataclasses
 import runpy
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
-from latent_jax.data import budgeting, packing, pipeline, sources
+from latent_jax.config import schema
+from latent_jax.data import batch_shapes, packing, pipeline, sources
 from latent_jax.data.builders.build import build_scenes
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.data.images import smart_resize
 from latent_jax.data.layout import Room
 from latent_jax.data.packing import Size
@@ -33,13 +33,13 @@ def config_of(file, variant=""):
 
 
 def check(sample, others, config, groups, room):
-    budgets = budgeting.choose(
+    batch_shape = batch_shapes.choose(
         sample, batch_size=config.train.batch_size, groups=groups, row_tokens=config.data.row_tokens, room=room
     )
-    reached = budgeting.fill(others, budgets)
+    reached = batch_shapes.fill(others, batch_shape)
     other, binds = sorted((reached["tokens"], reached["patches"]))
-    assert binds >= 0.95 and other >= 0.90, (reached, budgets)
-    assert reached["examples"] >= 0.94, (reached, budgets)
+    assert binds >= 0.95 and other >= 0.90, (reached, batch_shape)
+    assert reached["examples"] >= 0.94, (reached, batch_shape)
 
 
 class WithLatents:
@@ -59,9 +59,11 @@ class WithLatents:
 def test_the_embedded_configs_fill_their_batches_with_scenes(scenes, file, cached):
     config = config_of(file)
     method = methods.find(config.method)
-    codec, source = Codec.from_directory(TINY_VL), sources.open_source(config.data.name, scenes, "train")
+    processor, source = Processor.from_directory(TINY_VL), sources.open_source(config.data.name, scenes, "train")
     source = WithLatents(source) if cached else source
-    examples = pipeline.sample_examples(source, lambda *record: method.layout(*record, config, codec), codec, 400)
+    examples = pipeline.sample_examples(
+        source, lambda *record: method.layout(*record, config, processor), processor, 400
+    )
     sizes = [packing.size_of(example) for example in examples]
     others = sizes[SAMPLE:]
     # Draws with replacement from what the choice has not seen, in the data order's pattern of replayed examples.

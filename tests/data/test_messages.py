@@ -48,21 +48,23 @@ def one_line(problem) -> bool:
 @pytest.mark.parametrize("conversation, words", BAD.values(), ids=BAD)
 def test_what_is_no_conversation_is_named(conversation, words):
     with pytest.raises(UserError, match=words) as problem:
-        small.codec().render(conversation, key="r3")
+        small.processor().render(conversation, key="r3")
     assert one_line(problem)
 
 
 @pytest.mark.parametrize("part, words", PARTS.values(), ids=PARTS)
 def test_a_part_that_means_nothing_is_named(part, words):
     with pytest.raises(UserError, match=words) as problem:
-        small.codec().render([{"role": "user", "content": [part]}], key="r3")
+        small.processor().render([{"role": "user", "content": [part]}], key="r3")
     assert one_line(problem)
 
 
 def test_a_video_may_be_an_array_of_frames():
     array = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), np.uint8)
     shown = [
-        small.codec().lay_out(small.codec().render([{"role": "user", "content": [{"type": "video", "video": video}]}]))
+        small.processor().lay_out(
+            small.processor().render([{"role": "user", "content": [{"type": "video", "video": video}]}])
+        )
         for video in (array, list(array))
     ]
     np.testing.assert_array_equal(shown[0].patches, shown[1].patches)
@@ -73,18 +75,18 @@ def test_a_video_may_be_an_array_of_frames():
     "end", ["\ue000", "\ue000\ue000", "\ue0000\ue001", "\ue001", "\ue0001", "\ue000" * 9 + "\ue001"]
 )
 def test_the_loss_is_on_the_whole_answer_whatever_it_ends_in(end):
-    codec = small.codec()
+    processor = small.processor()
     for answer in ("red " + end, end + " red", end):
-        example = codec.lay_out(
-            codec.render([{"role": "user", "content": end + "?"}, {"role": "assistant", "content": answer}])
+        example = processor.lay_out(
+            processor.render([{"role": "user", "content": end + "?"}, {"role": "assistant", "content": answer}])
         )
         spoken = [int(token) for token, weight in zip(example.targets, example.loss_weights) if weight > 0]
-        assert codec.tokenizer.backend_tokenizer.decode(spoken, skip_special_tokens=False) == answer + "<|im_end|>"
+        assert processor.tokenizer.backend_tokenizer.decode(spoken, skip_special_tokens=False) == answer + "<|im_end|>"
 
 
 def test_text_that_is_not_unicode_is_named():
     with pytest.raises(UserError, match="'r3': text that is not Unicode") as problem:
-        small.codec().lay_out(small.codec().render([{"role": "user", "content": "a\ud800b"}], key="r3"))
+        small.processor().lay_out(small.processor().render([{"role": "user", "content": "a\ud800b"}], key="r3"))
     str(problem.value).encode()
 
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_jax.data.layout import Example, Layout, Room
-from latent_jax.data.packing import Budgets, Packer, Size, batches, given_features, shapes, size_of
+from latent_jax.data.packing import BatchShape, Packer, Size, batches, given_features, shapes, size_of
 from latent_jax.errors import UserError
-from tests.data import tiny_codec
+from tests.data import tiny_processor
 from tests.reference import layouts
 
 UNIT, CHANNELS = 4, 3 * 4
-BUDGETS = Budgets(
+BATCH_SHAPE = BatchShape(
     micro=2,
     groups=2,
     rows=2,
@@ -97,7 +97,7 @@ def unpack(batch, originals):
         patch, window, image = starts.get((a, g), (0, 0, 0))
         count = len(original.patches)
         here = slice(patch, patch + count)
-        flat = row * BUDGETS.tokens + where[0]
+        flat = row * BATCH_SHAPE.tokens + where[0]
         features = [unpacked_feature(value, patch, count) for value in group["feature_index"][row, where]]
         per_token = ("tokens", "view_ids", "targets", "loss_weights")
         asked = {name: group[name][row, where] for name in ("feature_weights", "hidden", "late")}
@@ -128,7 +128,7 @@ def unpack(batch, originals):
 
 
 def unpacked_feature(value, patch, count):
-    merged = BUDGETS.patches // UNIT
+    merged = BATCH_SHAPE.patches // UNIT
     if value < 0:
         return -1
     return value - patch // UNIT if value < merged else value - merged + count // UNIT
@@ -138,7 +138,7 @@ def unpacked_feature(value, patch, count):
 @settings(max_examples=40, deadline=None)
 def test_unpacking_gives_every_example_back(examples):
     seen = 0
-    for batch in batches(examples, BUDGETS):
+    for batch in batches(examples, BATCH_SHAPE):
         check_shapes(batch)
         found, ends = unpack(batch, examples)
         assert sorted(found) == list(range(seen, seen + len(found))), "in data order, none lost, none twice"
@@ -153,7 +153,7 @@ def test_unpacking_gives_every_example_back(examples):
 
 
 def check_shapes(batch):
-    A, G, B, T, P, E, S, c = dataclasses.astuple(BUDGETS)[:8]
+    A, G, B, T, P, E, S, c = dataclasses.astuple(BATCH_SHAPE)[:8]
     wide = {
         "positions": (B, 3, T),
         "patches": (P, c),
@@ -165,7 +165,7 @@ def check_shapes(batch):
         **dict.fromkeys(("target_image", "target_mask", "read_index", "read_mask"), (E, 2)),
         "target_grid": (E, 2, 2),
     }
-    assert batch.keys() == shapes(BUDGETS).keys()
+    assert batch.keys() == shapes(BATCH_SHAPE).keys()
     for name, array in batch.items():
         assert array.shape == (A, G, *wide.get(name, (B, T))), name
         kind = {"loss_weights": "float32", "feature_weights": "float32", "patches": "uint8"}
@@ -177,7 +177,7 @@ def check_padding(batch, ends):
     for name in ("tokens", "view_ids", "targets", "loss_weights", "feature_weights", "hidden", "late"):
         assert not batch[name][empty].any()
     assert (batch["feature_index"][empty] == -1).all()
-    for a, g in np.ndindex(BUDGETS.micro, BUDGETS.groups):
+    for a, g in np.ndindex(BATCH_SHAPE.micro, BATCH_SHAPE.groups):
         used = ends.get((a, g), (0, 0, 0))[0]
         assert (batch["patch_image"][a, g, :used] > 0).all() and not batch["patch_image"][a, g, used:].any()
         assert (np.diff(batch["patch_image"][a, g, :used]) >= 0).all(), "an image's patches are contiguous"
@@ -185,9 +185,9 @@ def check_padding(batch, ends):
 
 
 def check_indices(batch):
-    first_slot = BUDGETS.patches // UNIT
-    assert batch["feature_index"].max() < first_slot + BUDGETS.slots
-    assert batch["slot_index"].max() < BUDGETS.rows * BUDGETS.tokens
+    first_slot = BATCH_SHAPE.patches // UNIT
+    assert batch["feature_index"].max() < first_slot + BATCH_SHAPE.slots
+    assert batch["slot_index"].max() < BATCH_SHAPE.rows * BATCH_SHAPE.tokens
     for a, g in np.ndindex(*batch["segment_ids"].shape[:2]):
         found = set(batch["segment_ids"][a, g].ravel().tolist()) - {0}
         assert found == set((np.flatnonzero(batch["example_mask"][a, g]) + 1).tolist())
@@ -201,18 +201,18 @@ def check_indices(batch):
 
 def test_the_first_example_that_fits_nowhere_opens_the_next_step():
     """Against the plain statement of first fit: a smaller one that comes later does not slip in before it."""
-    budgets = dataclasses.replace(BUDGETS, micro=1, groups=1, rows=1, examples=9)
+    batch_shape = dataclasses.replace(BATCH_SHAPE, micro=1, groups=1, rows=1, examples=9)
     lengths = [10, 5, 3, 1, 16, 2]
     examples = [make_example(number, length, [], 0, 0, False) for number, length in enumerate(lengths)]
-    packer = Packer(budgets)
+    packer = Packer(batch_shape)
     steps = [batch for example in examples if (batch := packer.add(example))] + [packer.flush()]
     assert [batch["number"][batch["example_mask"]].tolist() for batch in steps] == [[0, 1], [2, 3], [4], [5]]
     assert packer.flush() is None
 
 
 def test_the_example_budget_binds_a_group():
-    budgets = dataclasses.replace(BUDGETS, micro=1, groups=2, tokens=64, examples=2)
-    found = list(batches([make_example(i, 5, [], 0, 0, False) for i in range(5)], budgets))
+    batch_shape = dataclasses.replace(BATCH_SHAPE, micro=1, groups=2, tokens=64, examples=2)
+    found = list(batches([make_example(i, 5, [], 0, 0, False) for i in range(5)], batch_shape))
     assert [batch["number"][batch["example_mask"]].tolist() for batch in found] == [[0, 1, 2, 3], [4]]
     assert found[0]["number"].tolist() == [[[0, 1], [2, 3]]]
 
@@ -228,7 +228,7 @@ def test_the_example_budget_binds_a_group():
 )
 def test_an_example_over_budget_is_named_and_not_taken(change, words):
     values = {"tokens": 8, "images": [1], "slots": 0, "views": 0, "target": False, **change}
-    packer = Packer(BUDGETS)
+    packer = Packer(BATCH_SHAPE)
     with pytest.raises(UserError, match=f"'r7': {words}"):
         packer.add(make_example(7, **values))
     assert packer.flush() is None
@@ -236,25 +236,25 @@ def test_an_example_over_budget_is_named_and_not_taken(change, words):
 
 def test_stills_join_video_batches_as_repeated_frames():
     still = make_example(0, 5, [2], 0, 0, False)
-    batch = next(batches([still], dataclasses.replace(BUDGETS, channels=2 * CHANNELS)))
+    batch = next(batches([still], dataclasses.replace(BATCH_SHAPE, channels=2 * CHANNELS)))
     wide = batch["patches"][0, 0, :8].reshape(8, 3, 2, 4)
     for frame in range(2):
         np.testing.assert_array_equal(wide[:, :, frame], still.patches.reshape(8, 3, 4))
     clip = dataclasses.replace(still, patches=wide.reshape(8, -1))
     with pytest.raises(UserError, match="video"):
-        Packer(BUDGETS).add(clip)
+        Packer(BATCH_SHAPE).add(clip)
 
 
 def test_given_latents_stand_in_their_examples_slot():
     """Those that bring none have zeros; one whose image would have to be encoded is refused."""
-    budgets = dataclasses.replace(BUDGETS, targets=1, target_slots=2, target_size=3, target_dtype="bfloat16")
+    batch_shape = dataclasses.replace(BATCH_SHAPE, targets=1, target_slots=2, target_size=3, target_dtype="bfloat16")
     rng = np.random.default_rng(0)
     given = {number: rng.normal(size=(2, 3)).astype(ml_dtypes.bfloat16) for number in range(7) if number % 3}
     examples = [
         dataclasses.replace(make_example(number, 5, [1], 2, 0, False), target_latents=given.get(number))
         for number in range(7)
     ]
-    for batch in batches(examples, budgets):
+    for batch in batches(examples, batch_shape):
         assert batch["target_latents"].shape == (2, 2, 3, 2, 3)
         assert batch["target_latents"].dtype == ml_dtypes.bfloat16
         for place in np.ndindex(batch["number"].shape):
@@ -262,16 +262,16 @@ def test_given_latents_stand_in_their_examples_slot():
             assert batch["target_mask"][place] == (latents is not None)
             assert np.array_equal(batch["target_latents"][place], np.zeros((2, 3)) if latents is None else latents)
     with pytest.raises(UserError, match="'r8': its image has no latents in the latent cache"):
-        Packer(budgets).add(make_example(8, 5, [1], 2, 0, True))
+        Packer(batch_shape).add(make_example(8, 5, [1], 2, 0, True))
     with pytest.raises(ValueError, match="'r0': latents float32"):
-        Packer(budgets).add(dataclasses.replace(examples[0], target_latents=np.zeros((2, 3), np.float32)))
+        Packer(batch_shape).add(dataclasses.replace(examples[0], target_latents=np.zeros((2, 3), np.float32)))
 
 
 def test_budgets_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="merge_unit"):
-        dataclasses.replace(BUDGETS, patches=25)
+        dataclasses.replace(BATCH_SHAPE, patches=25)
     with pytest.raises(UserError, match="at least 1"):
-        dataclasses.replace(BUDGETS, rows=0)
+        dataclasses.replace(BATCH_SHAPE, rows=0)
 
 
 def test_size_says_what_an_example_needs_room_for():
@@ -285,17 +285,17 @@ def test_what_a_method_made_no_room_for_is_its_fault_and_no_records():
     example = make_example(1, 12, [2], 0, 0, False)
     for name in ("regress", "hidden"):
         with pytest.raises(ValueError, match=rf"'r1': needs Room\({name}=True\)"):
-            Packer(dataclasses.replace(BUDGETS, **{name: False})).add(example)
+            Packer(dataclasses.replace(BATCH_SHAPE, **{name: False})).add(example)
     features = example.feature_index.copy()
     features[:2] = 2 + np.arange(2)
     outside = dataclasses.replace(example, feature_index=features)
     assert given_features(outside) == 2
     with pytest.raises(ValueError, match="'r1': 2 given features, which only prompts have"):
-        Packer(BUDGETS).add(outside)
+        Packer(BATCH_SHAPE).add(outside)
 
 
 def test_there_is_no_array_for_what_has_no_room():
-    plain = Budgets(micro=1, groups=1, rows=1, tokens=8, patches=0, examples=1, slots=0, channels=1)
+    plain = BatchShape(micro=1, groups=1, rows=1, tokens=8, patches=0, examples=1, slots=0, channels=1)
     always = shapes(plain).keys()
     more = {
         "slots": ({"slot_index", "slot_mask"}, 1),
@@ -341,13 +341,13 @@ def seen(group, place):
 
 @given(st.lists(layouts.layouts(), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_packed_equals_one_by_one_for_every_part(codec, shown):
-    examples = [codec.lay_out(Layout(**each)) for each in shown]
+def test_packed_equals_one_by_one_for_every_part(processor, shown):
+    examples = [processor.lay_out(Layout(**each)) for each in shown]
     size = dict(rows=2, tokens=160, patches=160, examples=3, channels=588)
-    budgets = Budgets(micro=2, groups=1, slots=0, **size).with_room(Room(40, 2, 20, True, True))
-    alone = dataclasses.replace(budgets, micro=1, rows=1, examples=1, patches=120)
+    batch_shape = BatchShape(micro=2, groups=1, slots=0, **size).with_room(Room(40, 2, 20, True, True))
+    alone = dataclasses.replace(batch_shape, micro=1, rows=1, examples=1, patches=120)
     count = 0
-    for batch in batches(examples, budgets):
+    for batch in batches(examples, batch_shape):
         for a, g, place in zip(*np.nonzero(batch["example_mask"]), strict=True):
             number = batch["number"][a, g, place]
             (single,) = batches([examples[number]], alone)
@@ -358,5 +358,5 @@ def test_packed_equals_one_by_one_for_every_part(codec, shown):
 
 
 @pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    return tiny_codec.codec(tmp_path_factory.mktemp("tiny"))
+def processor(tmp_path_factory):
+    return tiny_processor.processor(tmp_path_factory.mktemp("tiny"))

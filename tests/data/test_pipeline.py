@@ -11,18 +11,20 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from latent_jax.data import budgeting, outlines, packing, pipeline
+from latent_jax.data import batch_shapes, outlines, packing, pipeline
 from latent_jax.data.layout import Image, Layout, Text
-from latent_jax.data.packing import Budgets
+from latent_jax.data.packing import BatchShape
 from latent_jax.errors import UserError
-from tests.data import tiny_codec
+from tests.data import tiny_processor
 
-BUDGETS = Budgets(micro=1, groups=2, rows=1, tokens=96, patches=64, examples=3, slots=0, channels=588, image_patches=16)
+BATCH_SHAPE = BatchShape(
+    micro=1, groups=2, rows=1, tokens=96, patches=64, examples=3, slots=0, channels=588, image_patches=16
+)
 
 
 @pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    return tiny_codec.codec(tmp_path_factory.mktemp("tiny"))
+def processor(tmp_path_factory):
+    return tiny_processor.processor(tmp_path_factory.mktemp("tiny"))
 
 
 def png(seed):
@@ -45,17 +47,17 @@ def layout(record, index):
     return Layout(tuple(record["images"]), (Image(0), Text(f"#{index}:{record['key']}#", True)), key=record["key"])
 
 
-def make(source, codec, **options):
-    defaults = {"layout_fn": layout, "codec": codec, "budgets": BUDGETS, "seed": 3}
+def make(source, processor, **options):
+    defaults = {"layout_fn": layout, "processor": processor, "batch_shape": BATCH_SHAPE, "seed": 3}
     return pipeline.make_dataset(source, **{**defaults, **options})
 
 
-def shown(batch, codec):
+def shown(batch, processor):
     """(place in the global order, record key) of every example, in slot order."""
     found = []
     for *group, slot in zip(*np.nonzero(batch["example_mask"]), strict=True):
         tokens, segments = (batch[name][tuple(group)] for name in ("tokens", "segment_ids"))
-        text = codec.tokenizer.decode(tokens[segments == slot + 1], skip_special_tokens=True)
+        text = processor.tokenizer.decode(tokens[segments == slot + 1], skip_special_tokens=True)
         index, key = text.strip("#").split(":")
         assert batch["number"][*group, slot] == int(index), "the place that its layout was asked for"
         found.append((int(index), key))
@@ -68,18 +70,18 @@ def equal(first, second):
         np.testing.assert_array_equal(first[name], second[name], name)
 
 
-def order(iterator, codec, count=None):
-    return [item for batch in itertools.islice(iterator, count) for item in shown(batch, codec)]
+def order(iterator, processor, count=None):
+    return [item for batch in itertools.islice(iterator, count) for item in shown(batch, processor)]
 
 
-def test_one_epoch_in_order_gives_every_record_once(codec):
-    found = order(make(records(20), codec, shuffle=False, epochs=1), codec)
+def test_one_epoch_in_order_gives_every_record_once(processor):
+    found = order(make(records(20), processor, shuffle=False, epochs=1), processor)
     assert sorted(found) == [(i, f"r{i}") for i in range(20)]
 
 
-def test_batches_do_not_depend_on_threads_or_prefetch(codec):
+def test_batches_do_not_depend_on_threads_or_prefetch(processor):
     runs = [
-        list(make(records(17), codec, epochs=2, threads=threads, prefetch=prefetch))
+        list(make(records(17), processor, epochs=2, threads=threads, prefetch=prefetch))
         for threads, prefetch in ((0, 1), (1, 3), (5, 2))
     ]
     for batches in zip(*runs, strict=True):
@@ -87,21 +89,21 @@ def test_batches_do_not_depend_on_threads_or_prefetch(codec):
         equal(batches[0], batches[2])
 
 
-def test_every_epoch_is_a_new_order_of_all_records(codec):
-    found = sorted(order(make(records(15), codec, epochs=3), codec))
+def test_every_epoch_is_a_new_order_of_all_records(processor):
+    found = sorted(order(make(records(15), processor, epochs=3), processor))
     epochs = [[key for _, key in found[start : start + 15]] for start in (0, 15, 30)]
     assert [index for index, _ in found] == list(range(45))
     assert all(sorted(epoch) == sorted(f"r{i}" for i in range(15)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
-    other = sorted(order(make(records(15), codec, epochs=1, seed=4), codec))
+    other = sorted(order(make(records(15), processor, epochs=1, seed=4), processor))
     assert [key for _, key in other] != epochs[0]
 
 
 @pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": None, "threads": 1}, {"epochs": 2, "shuffle": False}])
-def test_resumes_to_the_bit_at_every_step(codec, options):
+def test_resumes_to_the_bit_at_every_step(processor, options):
     source = records(13)
     source[4]["images"] = [b"broken"]
-    iterator = make(source, codec, **options)
+    iterator = make(source, processor, **options)
     states, expected, skipped = [iterator.get_state()], [], []
     for batch in itertools.islice(iterator, 6):
         expected.append(batch)
@@ -110,7 +112,7 @@ def test_resumes_to_the_bit_at_every_step(codec, options):
     iterator.close()
     assert skipped[-1] >= 1
     for step, state in enumerate(states):
-        again = make(source, codec, **options)
+        again = make(source, processor, **options)
         again.set_state(state)
         assert again.get_state() == states[step]
         for position in range(step, len(expected)):
@@ -119,14 +121,14 @@ def test_resumes_to_the_bit_at_every_step(codec, options):
         again.close()
 
 
-def test_an_iterator_can_be_set_back_and_closed_midway(codec):
-    iterator = make(records(13), codec, epochs=None)
+def test_an_iterator_can_be_set_back_and_closed_midway(processor):
+    iterator = make(records(13), processor, epochs=None)
     first = next(iterator)
     state = iterator.get_state()
     second, _ = next(iterator), next(iterator)
     iterator.set_state(state)
     equal(next(iterator), second)
-    iterator.set_state(make(records(13), codec).get_state())
+    iterator.set_state(make(records(13), processor).get_state())
     equal(next(iterator), first)
     iterator.close()
     equal(next(iterator), second)
@@ -134,31 +136,31 @@ def test_an_iterator_can_be_set_back_and_closed_midway(codec):
         iterator.set_state({"next_index": 3})
 
 
-def test_a_finished_iterator_resumes_as_finished(codec):
-    iterator = make(records(5), codec, epochs=1)
+def test_a_finished_iterator_resumes_as_finished(processor):
+    iterator = make(records(5), processor, epochs=1)
     assert len(list(iterator)) == 1 and next(iterator, None) is None
-    again = make(records(5), codec, epochs=1)
+    again = make(records(5), processor, epochs=1)
     again.set_state(iterator.get_state())
     assert next(again, None) is None
 
 
-def test_mixture_follows_its_weights(codec):
+def test_mixture_follows_its_weights(processor):
     mixture = [(records(40, "a"), 3.0), (records(40, "b"), 1.0)]
-    found = sorted(order(make(mixture, codec, epochs=None), codec, 8))[:40]
+    found = sorted(order(make(mixture, processor, epochs=None), processor, 8))[:40]
     assert [index for index, _ in found] == list(range(40)), "places count over the mixture"
     assert sum(key.startswith("a") for _, key in found) == 30
     assert len({key for _, key in found}) == 40
 
 
-def test_hosts_build_their_groups_of_one_global_batch(codec):
+def test_hosts_build_their_groups_of_one_global_batch(processor):
     """Whatever hosts there are: their batches side by side are those of one host, and so is where their data stands."""
     source = records(30)
     source[3]["images"] = [png(3)[:60]]  # whole to its header, found broken by the host that decodes it
     source[8]["images"] = [b"broken"]
-    budgets = dataclasses.replace(BUDGETS, groups=4, micro=2, examples=2)
-    alone = make(source, codec, budgets=budgets, epochs=2, max_broken=0.1)
+    batch_shape = dataclasses.replace(BATCH_SHAPE, groups=4, micro=2, examples=2)
+    alone = make(source, processor, batch_shape=batch_shape, epochs=2, max_broken=0.1)
     hosts = [
-        [make(source, codec, budgets=budgets, epochs=2, max_broken=0.1, own=own) for own in split]
+        [make(source, processor, batch_shape=batch_shape, epochs=2, max_broken=0.1, own=own) for own in split]
         for split in ([(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0,), (1,), (2,), (3,)])
     ]
     owners = [[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 3]]
@@ -179,90 +181,90 @@ def test_hosts_build_their_groups_of_one_global_batch(codec):
     assert all(next(iterator, None) is None for iterators in hosts for iterator in iterators)
 
 
-def test_a_run_goes_on_with_another_number_of_hosts(codec):
-    budgets = dataclasses.replace(BUDGETS, groups=4, examples=1)
-    alone = make(records(24), codec, budgets=budgets)
-    hosts = [make(records(24), codec, budgets=budgets, own=own) for own in ((0, 1), (2, 3))]
+def test_a_run_goes_on_with_another_number_of_hosts(processor):
+    batch_shape = dataclasses.replace(BATCH_SHAPE, groups=4, examples=1)
+    alone = make(records(24), processor, batch_shape=batch_shape)
+    hosts = [make(records(24), processor, batch_shape=batch_shape, own=own) for own in ((0, 1), (2, 3))]
     for _ in range(3):
         next(alone), [next(host) for host in hosts]
-    again = make(records(24), codec, budgets=budgets)
+    again = make(records(24), processor, batch_shape=batch_shape)
     again.set_state(json.loads(json.dumps(hosts[1].get_state())))
     equal(next(again), next(alone))
 
 
-def test_another_hosts_images_are_not_decoded(codec, monkeypatch):
+def test_another_hosts_images_are_not_decoded(processor, monkeypatch):
     decoded = []
     drawn = outlines.Drawer.still
     monkeypatch.setattr(outlines.Drawer, "still", lambda *given: decoded.append(given[2]) or drawn(*given))
     source = [{**record, "key": f"here {record['key']}"} for record in records(24)]
-    host = make(source, codec, own=(1,), epochs=1)
+    host = make(source, processor, own=(1,), epochs=1)
     used = sum(batch["example_mask"].sum() for batch in host)
     decoded = [name for name in decoded if "here" in name]  # threads of other tests' iterators may still be at work
     assert used == len(decoded) == len(set(decoded))
     assert 0 < len(decoded) < 24
 
 
-def test_broken_and_oversized_records_are_skipped_and_counted(codec):
+def test_broken_and_oversized_records_are_skipped_and_counted(processor):
     source = records(12)
     source[2]["images"] = [png(2)[:60]]
     source[7]["key"] = "long " * 60
-    iterator = make(source, codec, shuffle=False, epochs=1)
-    keys = {key for _, key in order(iterator, codec)}
+    iterator = make(source, processor, shuffle=False, epochs=1)
+    keys = {key for _, key in order(iterator, processor)}
     assert keys == {f"r{i}" for i in range(12)} - {"r2", "r7"}
     assert iterator.skipped == 2
     messages = iterator.get_state()["broken"]
     assert "r2" in messages[0] and "budget of 96" in messages[1]
 
 
-def test_too_many_broken_records_are_an_error_that_names_the_first(codec):
+def test_too_many_broken_records_are_an_error_that_names_the_first(processor):
     source = records(10)
     source[5]["images"] = [b"broken"]
-    iterator = make(source, codec, shuffle=False, epochs=None)  # a tenth, above the twentieth that is let pass
+    iterator = make(source, processor, shuffle=False, epochs=None)  # a tenth, above the twentieth that is let pass
     seen = 0
     with pytest.raises(UserError, match=r"11 of 106 records are broken, more than 5%: record 'r5'") as caught:
         for batch in iterator:
             seen += batch["example_mask"].sum()
     assert str(caught.value).count("'r5'") == 1 and seen > 70, "not before a hundred were seen"
-    allowed = make(source, codec, shuffle=False, epochs=15, max_broken=0.15)
+    allowed = make(source, processor, shuffle=False, epochs=15, max_broken=0.15)
     assert sum(batch["example_mask"].sum() for batch in allowed) == 135 and allowed.skipped == 15
 
 
-def test_nothing_but_broken_records_is_an_error(codec):
+def test_nothing_but_broken_records_is_an_error(processor):
     source = [{"key": "k", "images": [b""], "captions": ["x"]}]
     with pytest.raises(UserError, match="no usable record.*'k'"):
-        list(make(source, codec, epochs=1))
+        list(make(source, processor, epochs=1))
     with pytest.raises(UserError, match="empty"):
-        make([], codec)
+        make([], processor)
     with pytest.raises(UserError, match="positive"):
-        make([(records(2), 1.0), (records(2), 0.0)], codec)
+        make([(records(2), 1.0), (records(2), 0.0)], processor)
 
 
-def test_a_programming_error_meets_every_record_and_ends_the_run_with_its_place(codec):
+def test_a_programming_error_meets_every_record_and_ends_the_run_with_its_place(processor):
     def fails(record, index):
         raise KeyError("captoins")
 
     with pytest.raises(UserError, match=r"no usable record: .*KeyError: 'captoins' \(test_pipeline.py:\d+\)"):
-        next(make(records(3), codec, layout_fn=fails, epochs=1))
+        next(make(records(3), processor, layout_fn=fails, epochs=1))
 
 
 @pytest.mark.parametrize(
     "problem", [AttributeError("'int' object has no attribute 'x'"), ValueError("bad\nheader"), OSError("cut")]
 )
-def test_whatever_a_record_raises_it_is_skipped_and_counted_with_its_key(codec, problem):
+def test_whatever_a_record_raises_it_is_skipped_and_counted_with_its_key(processor, problem):
     def fails(record, index):
         if record["key"] == "r1":
             raise problem
         return layout(record, index)
 
-    iterator = make(records(9), codec, layout_fn=fails, epochs=1)
+    iterator = make(records(9), processor, layout_fn=fails, epochs=1)
     list(iterator)
     assert iterator.skipped == 1
     (told,) = iterator.get_state()["broken"]
     assert told.startswith(f"record 'r1': {type(problem).__name__}: {' '.join(str(problem).split())} (")
 
 
-def test_no_thread_outlives_its_iterator(codec):
-    iterator = make(records(9), codec, epochs=None)
+def test_no_thread_outlives_its_iterator(processor):
+    iterator = make(records(9), processor, epochs=None)
     next(iterator)
     worker = iterator._worker._thread
     del iterator
@@ -270,24 +272,24 @@ def test_no_thread_outlives_its_iterator(codec):
     assert not worker.is_alive() and worker not in threading.enumerate()
 
 
-def test_sampled_examples_choose_budgets_that_hold_the_data(codec):
+def test_sampled_examples_choose_budgets_that_hold_the_data(processor):
     source = records(30)
     source[0]["images"] = [b"broken"]
-    sample = pipeline.sample_examples(source, layout, codec, 10)
+    sample = pipeline.sample_examples(source, layout, processor, 10)
     assert len(sample) == 9 and all(example.patches.shape[1] == 588 for example in sample)
     assert [example.key for example in sample] == [f"r{i}" for i in range(3, 30, 3)]
-    budgets = budgeting.choose(sample, batch_size=8, groups=2, window_patches=16)
-    iterator = make(source, codec, budgets=budgets, epochs=1)
+    batch_shape = batch_shapes.choose(sample, batch_size=8, groups=2, window_patches=16)
+    iterator = make(source, processor, batch_shape=batch_shape, epochs=1)
     assert sum(batch["example_mask"].sum() for batch in iterator) == 29 and iterator.skipped == 1
     with pytest.raises(UserError, match="no usable record.*'r0'"):
-        pipeline.sample_examples(source, layout, codec, 1)
+        pipeline.sample_examples(source, layout, processor, 1)
 
 
-def noise(batch, codec) -> dict[str, list[float]]:
+def noise(batch, processor) -> dict[str, list[float]]:
     """{key and place: what a sampled method draws for it}, from a key an example folded with its number."""
     found = {}
     numbers = batch["number"][batch["example_mask"]].tolist()
-    for (index, key), number in zip(shown(batch, codec), numbers, strict=True):
+    for (index, key), number in zip(shown(batch, processor), numbers, strict=True):
         found[f"{index} {key}"] = np.random.default_rng((5, number)).normal(size=2).tolist()
     return found
 
@@ -301,53 +303,55 @@ def noise(batch, codec) -> dict[str, list[float]]:
         {"groups": 4, "examples": 2, "patches": 96},
     ],
 )
-def test_an_examples_noise_depends_on_nothing_but_its_place_in_the_data_order(codec, shape):
+def test_an_examples_noise_depends_on_nothing_but_its_place_in_the_data_order(processor, shape):
     """Not on packing, micro-steps, hosts, threads, prefetching, resumes or broken neighbours."""
     source = records(17)
     source[4]["images"] = [b"broken"]
     source[6]["images"] = [png(6)[:60]]
     options = dict(epochs=2, max_broken=0.2)
     want = {}
-    for batch in make(source, codec, **options):
-        want |= noise(batch, codec)
+    for batch in make(source, processor, **options):
+        want |= noise(batch, processor)
     assert len(want) == 30 and len({tuple(drawn) for drawn in want.values()}) == 30
-    budgets = dataclasses.replace(BUDGETS, **shape)
-    found, iterator = {}, make(source, codec, budgets=budgets, threads=1, prefetch=1, **options)
+    batch_shape = dataclasses.replace(BATCH_SHAPE, **shape)
+    found, iterator = {}, make(source, processor, batch_shape=batch_shape, threads=1, prefetch=1, **options)
     for batch in iterator:
-        found |= noise(batch, codec)
-        state, again = iterator.get_state(), make(source, codec, budgets=budgets, prefetch=3, **options)
+        found |= noise(batch, processor)
+        state, again = iterator.get_state(), make(source, processor, batch_shape=batch_shape, prefetch=3, **options)
         again.set_state(json.loads(json.dumps(state)))
         iterator.close()
         iterator = again
         if len(found) > 20:
             break
-    hosts = [make(source, codec, budgets=budgets, own=(own,), **options) for own in range(budgets.groups)]
+    hosts = [
+        make(source, processor, batch_shape=batch_shape, own=(own,), **options) for own in range(batch_shape.groups)
+    ]
     for host in hosts:
         host.set_state({**iterator.get_state(), "blank": 0})
         for batch in host:
-            found |= noise(batch, codec)
+            found |= noise(batch, processor)
     assert found == want
 
 
-def test_examples_whose_latents_come_from_a_cache_have_the_numbers_of_those_with_images(codec):
+def test_examples_whose_latents_come_from_a_cache_have_the_numbers_of_those_with_images(processor):
     def cached(record, index):
         shown = layout(record, index)
         return Layout((), shown.trunk[1:], key=record["key"], latents=np.full((2, 3), index, np.float32))
 
     options = dict(epochs=2, seed=7)
     want, found = {}, {}
-    for batch in make(records(15), codec, **options):
-        want |= noise(batch, codec)
-    budgets = dataclasses.replace(BUDGETS, patches=0, image_patches=0, targets=1, target_slots=2, target_size=3)
-    for batch in make(records(15), codec, layout_fn=cached, budgets=budgets, **options):
-        found |= noise(batch, codec)
+    for batch in make(records(15), processor, **options):
+        want |= noise(batch, processor)
+    batch_shape = dataclasses.replace(BATCH_SHAPE, patches=0, image_patches=0, targets=1, target_slots=2, target_size=3)
+    for batch in make(records(15), processor, layout_fn=cached, batch_shape=batch_shape, **options):
+        found |= noise(batch, processor)
         numbers = batch["number"][batch["example_mask"]]
         assert np.array_equal(batch["target_latents"][batch["example_mask"]][:, 0, 0], numbers)
         assert np.array_equal(batch["target_mask"][..., 0], batch["example_mask"])
     assert found == want
 
 
-def test_evaluation_batches_hold_every_example_once_in_order(codec):
-    examples = [codec.lay_out(layout(record, i)) for i, record in enumerate(records(8))]
-    found = [item for batch in packing.batches(examples, BUDGETS) for item in shown(batch, codec)]
+def test_evaluation_batches_hold_every_example_once_in_order(processor):
+    examples = [processor.lay_out(layout(record, i)) for i, record in enumerate(records(8))]
+    found = [item for batch in packing.batches(examples, BATCH_SHAPE) for item in shown(batch, processor)]
     assert sorted(found) == [(i, f"r{i}") for i in range(8)]

@@ -320,8 +320,8 @@ def test_tokenizer_files(tokenizer_folder, hf, tmp_path):
     assert all(hf.convert_tokens_to_ids(token) == index for token, index in ids.items())
     assert (hf.eos_token, hf.pad_token, hf.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
     assert hf.decode(hf("<|im_start|><tool_call>x<|image_pad|>").input_ids, skip_special_tokens=True) == "<tool_call>x"
-    processor = AutoImageProcessor.from_pretrained(tokenizer_folder)
-    features = processor(images=[Image.new("RGB", (112, 112))], return_tensors="np")
+    hf_processor = AutoImageProcessor.from_pretrained(tokenizer_folder)
+    features = hf_processor(images=[Image.new("RGB", (112, 112))], return_tensors="np")
     assert features["image_grid_thw"].tolist() == [[1, 8, 8]]
     generation = json.loads((tokenizer_folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]]

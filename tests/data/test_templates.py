@@ -3,9 +3,9 @@
 import pytest
 
 from latent_jax.data import templates
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
-from tests.data import tiny_codec
+from tests.data import tiny_processor
 
 LOOP = (
     "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -36,7 +36,7 @@ def test_a_template_that_writes_without_end_is_refused():
 
 
 def test_a_template_that_ends_passes():
-    templates.check_ends(tiny_codec.TEMPLATE)
+    templates.check_ends(tiny_processor.TEMPLATE)
     templates.check_ends("{% generation %}{{ messages[0]['content'] }}{% endgeneration %}{% break %}")
 
 
@@ -51,11 +51,11 @@ def test_a_template_that_ends_passes():
 )
 def test_a_template_that_cannot_be_rendered_is_one_line(tmp_path, template):
     with pytest.raises(UserError, match="the chat template cannot be rendered") as caught:
-        Codec.from_directory(tiny_codec.write(tmp_path, template=template))
+        Processor.from_directory(tiny_processor.write(tmp_path, template=template))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("template", ["{{ ''.__class__ }}", "hello"])
 def test_a_template_that_drops_what_is_said_is_refused(tmp_path, template):
     with pytest.raises(UserError, match="does not show what a user says"):
-        Codec.from_directory(tiny_codec.write(tmp_path, template=template))
+        Processor.from_directory(tiny_processor.write(tmp_path, template=template))

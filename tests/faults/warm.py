@@ -28,8 +28,8 @@ MODULES = (
     "jax", "orbax.checkpoint", "grain", "tensorflow_datasets", "array_record.python.array_record_module",
     "transformers", "transformers.models.auto.tokenization_auto", "PIL.Image",
     "latent_jax.main", "latent_jax.train", "latent_jax.evaluate", "latent_jax.convert", "latent_jax.generate",
-    "latent_jax.prepare", "latent_jax.vlm", "latent_jax.encode", "latent_jax.methods.pretrain",
-    "latent_jax.analysis.imagination", "latent_jax.data.builders.build", "latent_jax.benchmarks.gqa",
+    "latent_jax.prepare", "latent_jax.inference.vlm", "latent_jax.training.target_cache", "latent_jax.methods.pretrain",
+    "latent_jax.analysis.probe", "latent_jax.data.builders.build", "latent_jax.benchmarks.gqa",
 )  # fmt: skip
 MEMORY = 24 * 2**30  # of address space: XLA and malloc reserve far more than they touch
 WRITTEN = 2**30  # bytes of a file: one that was made huge must not be copied
@@ -146,7 +146,7 @@ def _become(module: str, arguments: list[str], place: Path) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
     sys.argv = [f"latent_jax.{module}", *arguments]
-    from latent_jax.command import begin_command
+    from latent_jax.runtime.command import begin_command
 
     begin_command()
     status = _status(importlib.import_module(f"latent_jax.{module}").main)

@@ -20,22 +20,23 @@ import pytest
 from flax import nnx
 
 import latent_jax
-from latent_jax import config as schema
-from latent_jax import convert, evaluate, exported, methods, train
+from latent_jax import convert, evaluate, methods, train
+from latent_jax.config import schema
+from latent_jax.config.fields import option
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.layout import Room, Slots
 from latent_jax.data.messages import imagine_parts
-from latent_jax.data.packing import Budgets, Packer
+from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
-from latent_jax.fields import option
 from latent_jax.methods import sft
 from latent_jax.methods.contract import Method, Think
 from latent_jax.methods.imagine import replace
 from latent_jax.models import hf_export
 from latent_jax.models.heads import LatentVLM
-from latent_jax.models.weights import Declare, Structure
+from latent_jax.models.parameters import Declare, Structure
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.state import new_model
+from latent_jax.training import latent_config
+from latent_jax.training.state import new_model
 from tests.reference import benchmark_records, small
 from tests.reference.ours import QUICK
 
@@ -60,9 +61,9 @@ class Head(nnx.Module):
         self.unused = declare.constant("D")  # an export goes without it
 
 
-def layout(record, index, config, codec):
+def layout(record, index, config, processor):
     shown = sft.conversations(record, index, config, imagine=True)
-    return learned(codec.render_conversations(shown, imagined_grid=config.toy.count, key=record["key"]))
+    return learned(processor.render_conversations(shown, imagined_grid=config.toy.count, key=record["key"]))
 
 
 def learned(shown):
@@ -93,9 +94,9 @@ def loss(model: LatentVLM, batch, config):
     return sft.scored(model, x, batch, options)
 
 
-def thought_over(messages, config, codec, variant):
+def thought_over(messages, config, processor, variant):
     assert variant in ("own", "doubled")
-    shown = codec.render(messages, add_generation_prompt=True, imagined_grid=config.toy.count)
+    shown = processor.render(messages, add_generation_prompt=True, imagined_grid=config.toy.count)
     return [learned(shown) for _ in imagine_parts(messages)]
 
 
@@ -141,9 +142,9 @@ def model_of(name: str) -> LatentVLM:
 def batch_of(name: str, numbers: list[int], rows: int):
     config, method = config_of(name), methods.find(name)
     size = dict(rows=rows, tokens=224, patches=96, examples=4, slots=0, channels=588, image_patches=32)
-    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(method.room(config)))
+    packer = Packer(BatchShape(micro=1, groups=1, **size).with_room(method.room(config)))
     for number in numbers:
-        example = small.codec().lay_out(method.layout(small.record(number), number, config, small.codec()))
+        example = small.processor().lay_out(method.layout(small.record(number), number, config, small.processor()))
         assert packer.add(example, number=number) is None
     return {key: jnp.asarray(value[0]) for key, value in packer.flush().items()}
 
@@ -178,8 +179,8 @@ def test_packed_equals_the_examples_one_by_one(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_layout_is_a_function_of_its_arguments(name):
-    config, method, codec = config_of(name), methods.find(name), small.codec()
-    first, second = (method.layout(small.record(1), 5, config, codec) for _ in range(2))
+    config, method, processor = config_of(name), methods.find(name), small.processor()
+    first, second = (method.layout(small.record(1), 5, config, processor) for _ in range(2))
     assert first == second
 
 
@@ -319,7 +320,7 @@ def test_a_name_that_is_no_method_is_told(name):
 
 
 def test_old_exports_are_of_pretraining():
-    found = exported.settings({"grid": 2, "space": "merged"}, "file")
+    found = latent_config.settings({"grid": 2, "space": "merged"}, "file")
     assert found.method == "pretrain" and found.latent.grid == 2
     for bad, message in (
         ({"method": "pretrain", "grid": 2}, "grid"),
@@ -327,14 +328,13 @@ def test_old_exports_are_of_pretraining():
         ({"gird": 2}, "gird"),
     ):
         with pytest.raises(UserError, match=rf"^file: .*{message}"):
-            exported.settings(bad, "file")
+            latent_config.settings(bad, "file")
 
 
 @pytest.mark.slow
 def test_plan_compiles_it_for_a_tpu(scenes):
     importlib.import_module("libtpu")
-    from latent_jax import planning
-    from latent_jax.runtime import topologies
+    from latent_jax.perf import planning, topologies
 
     topologies.prepare_environment()
     found = planning.plan(run_config(scenes), topologies.parse("v5e:2x2"))

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latent_jax import generate
 from latent_jax.data.layout import Text
-from latent_jax.data.packing import Budgets, Packer
+from latent_jax.data.packing import BatchShape, Packer
+from latent_jax.inference import decode
 from latent_jax.methods import imagine, pretrain, sft
 from latent_jax.models.heads import LatentVLM
-from latent_jax.models.weights import Structure
-from latent_jax.state import new_model
+from latent_jax.models.parameters import Structure
+from latent_jax.training.state import new_model
 from tests.reference import latent, small
 from tests.reference.ours import QUICK
 
@@ -39,32 +39,32 @@ def model() -> LatentVLM:
 @functools.cache
 def packed():
     """Questions of three records and a caption, in two rows."""
-    config, codec = make_config(), small.codec()
+    config, processor = make_config(), small.processor()
     size = dict(rows=2, tokens=256, patches=96, examples=4, slots=0, channels=588, image_patches=32)
-    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(imagine.room(config)))
+    packer = Packer(BatchShape(micro=1, groups=1, **size).with_room(imagine.room(config)))
     records = [small.record(i) for i in range(COUNT)] + [small.record(COUNT) | {"questions": []}]
     for i, record in enumerate(records):
-        assert packer.add(codec.lay_out(imagine.layout(record, i, config, codec))) is None
+        assert packer.add(processor.lay_out(imagine.layout(record, i, config, processor))) is None
     return {key: jnp.asarray(value[0]) for key, value in packer.flush().items()}
 
 
 @functools.partial(jax.jit, static_argnames="image_patches")
 def hidden_states(vlm, batch, features, image_patches):
-    return vlm.decode(generate.embed(vlm, batch, features, image_patches), batch)[0][0, 0]
+    return vlm.decode(decode.embed(vlm, batch, features, image_patches), batch)[0][0, 0]
 
 
 def alone(content, answer) -> tuple[float, int]:
     """One conversation's cross-entropy and its tokens: slots first, and then what they predicted, given as inputs."""
-    codec, vlm, head = small.codec(), model().vlm, model().head
+    processor, vlm, head = small.processor(), model().vlm, model().head
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    shown = codec.render(messages)
-    first = codec.lay_out(pretrain.with_slots(shown))
+    shown = processor.render(messages)
+    first = processor.lay_out(pretrain.with_slots(shown))
     features = jnp.zeros((1, 64))
     if len(first.slots):
-        rows = generate.one_per_row([first], vlm.config)
+        rows = decode.one_per_row([first], vlm.config)
         features = head.restore(head(hidden_states(vlm, rows.batch, head.slots[...], rows.image_patches)[first.slots]))
-    example = codec.lay_out(shown)
-    rows = generate.one_per_row([example], vlm.config)
+    example = processor.lay_out(shown)
+    rows = decode.one_per_row([example], vlm.config)
     hidden = hidden_states(vlm, rows.batch, features, rows.image_patches)
     spoken = example.loss_weights > 0
     logits = np.asarray(vlm.logits(hidden[: len(example.tokens)]))
@@ -87,7 +87,7 @@ def test_packed_questions_equal_the_conversations_one_by_one():
             loss, tokens = alone([image(record), {"type": "text", "text": question}, part], answer)
             total, count = total + loss, count + tokens
     record = small.record(COUNT)
-    caption = sft.layout(record | {"questions": []}, COUNT, config, small.codec())
+    caption = sft.layout(record | {"questions": []}, COUNT, config, small.processor())
     text = "".join(part.text for part in caption.trunk if isinstance(part, Text) and part.loss)
     loss, tokens = alone(
         [image(record), {"type": "text", "text": "Describe the image."}], text.removesuffix("<|im_end|>")
@@ -112,13 +112,13 @@ def test_the_answer_teaches_the_head_and_the_slots():
 
 
 def test_a_trained_heads_statistics_stay_and_a_new_ones_are_measured():
-    config, codec = make_config(), small.codec()
+    config, processor = make_config(), small.processor()
     assert imagine.fit(model(), iter(()), config) == {}
     fresh = LatentVLM(model().vlm, imagine.build_head(small.model_config(), config, nnx.Rngs(1)))
     size = dict(rows=1, tokens=64, patches=96, examples=4, slots=0, channels=588, image_patches=32)
-    packer = Packer(Budgets(micro=1, groups=1, **size).with_room(imagine.room(config)))
+    packer = Packer(BatchShape(micro=1, groups=1, **size).with_room(imagine.room(config)))
     for i in range(3):
-        packer.add(codec.lay_out(imagine.fit_layout(small.record(i), i, config, codec)))
+        packer.add(processor.lay_out(imagine.fit_layout(small.record(i), i, config, processor)))
     batch = packer.flush()
     found = imagine.fit(fresh, [batch], config)
     want = pretrain.fit(fresh, [batch], config)

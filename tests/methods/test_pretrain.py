@@ -12,14 +12,14 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from latent_jax import config as schema
-from latent_jax import imagined
+from latent_jax.config import schema
 from latent_jax.data.layout import Layout, Text
-from latent_jax.data.packing import Budgets, Packer
+from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
+from latent_jax.inference import prompts
 from latent_jax.methods import pretrain
-from latent_jax.models.weights import Structure
-from latent_jax.state import new_model
+from latent_jax.models.parameters import Structure
+from latent_jax.training.state import new_model
 from tests.reference import latent, ours
 from tests.reference.checkpoints import saved
 from tests.reference.conversations import picture
@@ -80,7 +80,7 @@ def packed(config, layout=pretrain.layout) -> tuple[dict, np.ndarray]:
     """The eight records in two groups of two rows, with room to spare; and which example stands in which slot."""
     loaded = made(config)[0]
     packer = Packer(
-        Budgets(
+        BatchShape(
             micro=1,
             groups=2,
             rows=2,
@@ -93,7 +93,7 @@ def packed(config, layout=pretrain.layout) -> tuple[dict, np.ndarray]:
         ).with_room(pretrain.room(config))
     )
     for i, record in enumerate(records()):
-        assert packer.add(loaded.codec.lay_out(layout(record, i, config, loaded.codec))) is None
+        assert packer.add(loaded.processor.lay_out(layout(record, i, config, loaded.processor))) is None
     batch = packer.flush()
     assert batch["example_mask"].sum(axis=-1).all(), "a group is empty"
     return {key: jnp.asarray(value[0]) for key, value in batch.items()}, np.where(
@@ -110,7 +110,7 @@ def caption_states(config, caption: str) -> tuple[np.ndarray, np.ndarray, float,
     slots = np.asarray(arrays["head.slots"], np.float64)
     by_slots = config.latent.readout == "slots"
     tail = "<|vision_start|>" + "<|image_pad|>" * SIDE**2 + "<|vision_end|>" if by_slots else "<|im_end|>"
-    tokenizer = loaded.codec.tokenizer
+    tokenizer = loaded.processor.tokenizer
     ids = torch.tensor([tokenizer(f"<|im_start|>{caption}{tail}")["input_ids"]])
     count = len(tokenizer(caption)["input_ids"])
     pads = ids == loaded.config.image_token_id
@@ -138,7 +138,7 @@ def replay_loss(config, record) -> tuple[float, int]:
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
     inputs = Processor.of(saved("small_patches")[0])([turns], add_generation_prompt=False)
     start = Processor.of(saved("small_patches")[0])([turns[:1]])["input_ids"].shape[1]
-    count = len(loaded.codec.tokenizer(caption)["input_ids"]) + 1
+    count = len(loaded.processor.tokenizer(caption)["input_ids"]) + 1
     with torch.no_grad():
         logits = model(**inputs).logits[0, start - 1 : start - 1 + count].numpy()
     return latent.cross_entropy(logits, inputs["input_ids"][0, start : start + count].numpy()), count
@@ -237,7 +237,7 @@ def test_what_is_imagined_after_training_is_what_training_predicted():
         loaded, _, structure, arrays = made(config)
         weights = head_weights(arrays)
         said = [[{"role": "user", "content": [{"type": "imagine", "text": each}]}] for each in CAPTIONS[:3]]
-        found = imagined.think([structure.build(arrays)], loaded.codec, config, said)
+        found = prompts.think([structure.build(arrays)], loaded.processor, config, said)
         for caption, ((latents, _),) in zip(CAPTIONS, found, strict=False):
             want = latent.head(weights, caption_states(config, caption)[0]) * weights["scale"] + weights["mean"]
             np.testing.assert_allclose(latents, want, atol=1e-4 * np.abs(want).max())
@@ -288,7 +288,7 @@ def test_pre_merger_latents_go_through_the_merger_as_an_images_patches_do():
 
 
 class Chat:
-    """Stands for a codec: all that the host half asks of one is to render a conversation."""
+    """Stands for a processor: all that the host half asks of one is to render a conversation."""
 
     def render(self, messages, key):
         return Layout(trunk=(Text(messages[-1]["content"], loss=True),), key=key)
@@ -332,7 +332,7 @@ def test_no_image_stands_in_the_sequence_that_imagines_it():
         layout = shown(1, config)
         assert layout.targets == (0,)
         loaded = ours.load(saved("small_patches")[0])
-        example = loaded.codec.lay_out(pretrain.layout(records()[0], 0, config, loaded.codec))
+        example = loaded.processor.lay_out(pretrain.layout(records()[0], 0, config, loaded.processor))
         merged = len(example.patches) // 4
         assert merged == 15
         assert not ((example.feature_index >= 0) & (example.feature_index < merged)).any()

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_jax import config as schema
-from latent_jax import encode, settling, state, train
-from latent_jax.data import budgeting, latent_cache, packing, pipeline
+from latent_jax import train
+from latent_jax.config import schema
+from latent_jax.data import batch_shapes, latent_cache, packing, pipeline
 from latent_jax.data.builders.build import build_scenes
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import metrics, sharding
+from latent_jax.training import shapes, state, target_cache
 from tests.reference.checkpoints import saved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,9 +88,9 @@ def test_a_run_from_a_cache_has_the_losses_of_one_that_computes_its_targets(
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    budgets = json.loads((tmp_path / "cached" / "config.json").read_text())["measured"]["budgets"]
-    assert bool(budgets["patches"]) == (replay > 0)
-    assert (budgets["target_slots"], budgets["target_dtype"]) == (9, "float32")
+    batch_shape = json.loads((tmp_path / "cached" / "config.json").read_text())["measured"]["budgets"]
+    assert bool(batch_shape["patches"]) == (replay > 0)
+    assert (batch_shape["target_slots"], batch_shape["target_dtype"]) == (9, "float32")
 
     # Whoever comes next finds it complete, and leaves it as it is.
     folder = tmp_path / "cache" / "scenes-train"
@@ -127,16 +128,18 @@ class Pictures(Sequence):
         return {"key": f"r{index}", "images": self.images[index], "captions": ["a red ball"], "questions": []}
 
 
-def encoder(config, mesh=None) -> encode.Encoder:
+def encoder(config, mesh=None) -> target_cache.Encoder:
     origin = Path(config.model.path)
-    codec = Codec.from_directory(origin)
+    processor = Processor.from_directory(origin)
     model_config = dataclasses.replace(
-        from_json(origin / "config.json"), image_mean=codec.image.mean, image_std=codec.image.std
+        from_json(origin / "config.json"), image_mean=processor.image.mean, image_std=processor.image.std
     )
-    return encode.Encoder(config, pretrain.METHOD, codec, model_config, origin, mesh or sharding.make_mesh(2, 4, 1))
+    return target_cache.Encoder(
+        config, pretrain.METHOD, processor, model_config, origin, mesh or sharding.make_mesh(2, 4, 1)
+    )
 
 
-def one_by_one(made: encode.Encoder, source) -> dict[int, np.ndarray]:
+def one_by_one(made: target_cache.Encoder, source) -> dict[int, np.ndarray]:
     """Every image alone in a batch, through the whole model's encoder."""
     found = {}
     setup = state.make_setup(
@@ -147,10 +150,10 @@ def one_by_one(made: encode.Encoder, source) -> dict[int, np.ndarray]:
     for index, record in enumerate(source):
         if index in (2, 5):
             continue
-        example = made.codec.lay_out(pretrain.cache_layout(record, made.config))
-        budgets = budgeting.choose([example], batch_size=1)
-        batch = {k: jnp.asarray(v[0]) for k, v in next(packing.batches([example], budgets)).items()}
-        options = dict(image_patches=budgets.image_patches)
+        example = made.processor.lay_out(pretrain.cache_layout(record, made.config))
+        batch_shape = batch_shapes.choose([example], batch_size=1)
+        batch = {k: jnp.asarray(v[0]) for k, v in next(packing.batches([example], batch_shape)).items()}
+        options = dict(image_patches=batch_shape.image_patches)
         z = pretrain.targets(made.model_config, model.vlm.encode(batch, **options), batch, made.config.latent)
         found[index] = np.asarray(z)[0, 0]
     return found
@@ -177,10 +180,10 @@ def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp
     made, source = encoder(config), Pictures(9)
     [(cached, _)] = made.beside([(source, 1.0)], lambda line: None)
     messages = {}
-    layout = settling.layout_of(pretrain.METHOD, config, made.codec)
-    budgets = budgeting.choose(pipeline.sample_examples(cached, layout, made.codec, 4), batch_size=8)
+    layout = shapes.layout_of(pretrain.METHOD, config, made.processor)
+    batch_shape = batch_shapes.choose(pipeline.sample_examples(cached, layout, made.processor, 4), batch_size=8)
     for index, record in enumerate(cached):
-        found = pipeline._lay_out(layout, made.codec, budgets, False, index, record)
+        found = pipeline._lay_out(layout, made.processor, batch_shape, False, index, record)
         if isinstance(found, pipeline._Broken):
             messages[index] = found.message
     assert list(messages) == [2, 8]

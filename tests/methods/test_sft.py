@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from latent_jax import config as schema
 from latent_jax.benchmarks import scienceqa
-from latent_jax.data.packing import Budgets, Packer
+from latent_jax.config import schema
+from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.models.heads import LatentVLM
@@ -62,12 +62,12 @@ def conversations() -> list[tuple[list[dict], str]]:
 def packed():
     loaded, config = ours.load(saved(NAME)[0]), make_config()
     packer = Packer(
-        Budgets(
+        BatchShape(
             micro=1, groups=1, rows=2, tokens=192, patches=320, examples=4, channels=192, slots=0, image_patches=128
         )
     )
     for i, record in enumerate(records()):
-        assert packer.add(loaded.codec.lay_out(sft.layout(record, i, config, loaded.codec))) is None
+        assert packer.add(loaded.processor.lay_out(sft.layout(record, i, config, loaded.processor))) is None
     return {key: jnp.asarray(value[0]) for key, value in packer.flush().items()}
 
 
@@ -85,7 +85,7 @@ def test_packed_views_equal_the_conversations_one_by_one():
         said = [*turns, {"role": "assistant", "content": answer}]
         inputs = Processor.of(directory)([said], add_generation_prompt=False)
         start = Processor.of(directory)([turns])["input_ids"].shape[1]
-        count = len(loaded.codec.tokenizer(answer)["input_ids"]) + 1  # and the end of the turn
+        count = len(loaded.processor.tokenizer(answer)["input_ids"]) + 1  # and the end of the turn
         with torch.no_grad():
             logits = model(**inputs).logits[0, start - 1 : start - 1 + count].numpy()
         want = inputs["input_ids"][0, start : start + count].numpy()
@@ -106,7 +106,7 @@ def test_questions_are_drawn_without_repeats_by_seed_and_index():
     loaded, record = ours.load(saved(NAME)[0]), records()[0]
 
     def answers(index, **chat):
-        views = sft.layout(record, index, make_config(**chat), loaded.codec).views
+        views = sft.layout(record, index, make_config(**chat), loaded.processor).views
         return ["".join(part.text for part in view if part.loss).removesuffix("<|im_end|>") for view in views]
 
     assert answers(0) == answers(0)

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from latent_jax.models.heads import LatentHead, LatentVLM
-from latent_jax.models.weights import Structure
+from latent_jax.models.parameters import Structure
 from tests.reference import latent
 
 S, D, Z, F = 4, 12, 6, 10

@@ -9,17 +9,17 @@ import pytest
 from flax import nnx
 
 import latent_jax
-from latent_jax import config as schema
-from latent_jax import finish, resume, workdir
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.models import hf_export, hf_io, lora
+from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from latent_jax.models.weights import Structure
 from latent_jax.runtime import sharding
 from latent_jax.runtime.checkpoints import Checkpoints
-from latent_jax.state import first_state, make_setup
-from latent_jax.step import make_step
+from latent_jax.training import finish, resume, workdir
+from latent_jax.training.state import first_state, make_setup
+from latent_jax.training.step import make_step
 from tests.reference import ours, small
 
 RANK, ALPHA = 3, 5.0

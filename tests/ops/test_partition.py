@@ -8,10 +8,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from latent_jax.models.parameters import Declare
 from latent_jax.models.remat import rematerialise
-from latent_jax.models.weights import Declare
 from latent_jax.ops import partition
-from latent_jax.runtime import hlo, sharding
+from latent_jax.perf import hlo
+from latent_jax.runtime import sharding
 
 LAYERS, D, F, ROWS = 4, 64, 192, 16
 

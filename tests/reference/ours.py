@@ -1,4 +1,4 @@
-"""Our whole path: messages -> codec -> rows or packed rows -> model, loaded from the checkpoint directory."""
+"""Our whole path: messages -> processor -> rows or packed rows -> model, loaded from the checkpoint directory."""
 
 import dataclasses
 import functools
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latent_jax import generate
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example
+from latent_jax.inference import decode
 from latent_jax.models import hf_io
+from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from latent_jax.models.weights import Structure
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    codec: Codec
+    processor: Processor
     config: Config
     structure: Structure
     arrays: dict[str, jax.Array]
@@ -34,11 +34,13 @@ class Loaded:
 def load(directory: Path) -> Loaded:
     config = from_json(directory / "config.json")
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
-    return Loaded(Codec.from_directory(directory), config, structure, hf_io.load(directory, config))
+    return Loaded(Processor.from_directory(directory), config, structure, hf_io.load(directory, config))
 
 
 def examples(loaded: Loaded, conversations, add_generation_prompt=True) -> list[Example]:
-    return [loaded.codec.lay_out(loaded.codec.render(messages, add_generation_prompt)) for messages in conversations]
+    return [
+        loaded.processor.lay_out(loaded.processor.render(messages, add_generation_prompt)) for messages in conversations
+    ]
 
 
 def on_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -61,6 +63,6 @@ packed_logits = jax.jit(forward, static_argnames="image_patches", compiler_optio
 
 def logits(loaded: Loaded, conversations) -> list[np.ndarray]:
     """(t, V) of every conversation."""
-    made = generate.one_per_row(examples(loaded, conversations), loaded.config)
+    made = decode.one_per_row(examples(loaded, conversations), loaded.config)
     found = np.asarray(packed_logits(loaded.model, on_device(made.batch), made.image_patches))[0]
     return [row[:length] for row, length in zip(found, made.lengths, strict=True)]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latent_jax import config as schema
 from latent_jax.assets import TINY_VL
+from latent_jax.config import schema
 from latent_jax.data import packing
-from latent_jax.data.chat import Codec
+from latent_jax.data.chat import Processor
 from latent_jax.methods import pretrain
 from latent_jax.models.qwen2_5_vl.config import Config, from_json
 
@@ -40,8 +40,8 @@ def directory() -> Path:
 
 
 @functools.cache
-def codec() -> Codec:
-    return Codec.from_directory(directory())
+def processor() -> Processor:
+    return Processor.from_directory(directory())
 
 
 def model_config() -> Config:
@@ -85,7 +85,7 @@ def config(method: str = "pretrain", **sections):
 def batches(config, count: int, micro: int = 1) -> list[packing.Batch]:
     """Steps of `micro` micro-steps and eight groups over all of them: sixteen examples, the replay share among them."""
     packer = packing.Packer(
-        packing.Budgets(
+        packing.BatchShape(
             micro=micro,
             groups=8 // micro,
             rows=1,
@@ -97,6 +97,6 @@ def batches(config, count: int, micro: int = 1) -> list[packing.Batch]:
             image_patches=32,
         ).with_room(pretrain.room(config))
     )
-    examples = (codec().lay_out(pretrain.layout(record(i), i, config, codec())) for i in itertools.count())
+    examples = (processor().lay_out(pretrain.layout(record(i), i, config, processor())) for i in itertools.count())
     finished = (batch for batch in map(packer.add, examples) if batch is not None)
     return list(itertools.islice(finished, count))

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from latent_jax import config as schema
+from latent_jax.config import schema
+from latent_jax.config.training import Hosts
 from latent_jax.errors import UserError
 from latent_jax.runtime import hosts, sharding
-from latent_jax.settings import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from latent_jax import config as schema
+from latent_jax.config import schema
+from latent_jax.config.training import profiled
 from latent_jax.errors import UserError
 from latent_jax.runtime.tracing import Tracing
-from latent_jax.settings import profiled
 
 
 def traced(monkeypatch, steps: range, first: int, last: int) -> list[str]:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from latent_jax import config as schema
 from latent_jax import evaluate
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 from tests.reference import benchmark_records as records
 from tests.reference.checkpoints import saved

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaOnevisionProcessor
 
-from latent_jax import config as schema
+from latent_jax.config import schema
 from latent_jax.errors import UserError
 from tests.reference import baselines, checkpoints
 from tests.reference.conversations import picture, user

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from latent_jax import config as schema
-from latent_jax import evaluate, settling, train
+from latent_jax import evaluate, train
+from latent_jax.config import schema
 from latent_jax.data.builders.build import build_scenes
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.runtime import metrics, sharding
+from latent_jax.training import shapes
 from tests.reference import baselines, checkpoints, small, untimed
 from third_party import backend, finetune
 from third_party import steps as baseline_steps
@@ -283,8 +284,8 @@ def test_bad_input(prepared, tmp_path, capsys):
         finetune.begin(make_config(llava), tmp_path / "begun", open_processor(llava), "elsewhere")
     mesh = sharding.make_mesh(1, -1, 1)
     with pytest.raises(UserError, match="begun by another program .baseline.; use a new --workdir"):
-        settling.settle(
-            make_config(llava), tmp_path / "begun", sft.METHOD, small.codec(), None, [], mesh, small.directory()
+        shapes.settle(
+            make_config(llava), tmp_path / "begun", sft.METHOD, small.processor(), None, [], mesh, small.directory()
         )
     with pytest.raises(SystemExit) as end:
         finetune.main(["--config=configs/finetune.py", "--rows=0"])

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from latent_jax import fields
+from latent_jax.config import fields
 from latent_jax.errors import UserError
 from latent_jax.runtime.files import read_json
 

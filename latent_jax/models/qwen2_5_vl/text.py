@@ -6,10 +6,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.models.parameters import Declare
 from latent_jax.models.qwen2_5_vl.config import TextConfig
 from latent_jax.models.qwen2_5_vl.rope import mrope, rotate
 from latent_jax.models.remat import rematerialise
-from latent_jax.models.weights import Declare
 from latent_jax.ops import partition
 from latent_jax.ops.attention import attention, packed_mask
 from latent_jax.ops.norm import rms_norm

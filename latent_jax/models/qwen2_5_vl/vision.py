@@ -8,10 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from latent_jax.models.parameters import Declare
 from latent_jax.models.qwen2_5_vl.config import VisionConfig
 from latent_jax.models.qwen2_5_vl.rope import axial, rotate
 from latent_jax.models.remat import rematerialise
-from latent_jax.models.weights import Declare
 from latent_jax.ops import partition
 from latent_jax.ops.attention import block_attention
 from latent_jax.ops.norm import rms_norm

@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import Qwen2_5_VLConfig
 
+from latent_jax.config.training import PRESETS
 from latent_jax.errors import UserError
 from latent_jax.models.qwen2_5_vl.config import from_json
-from latent_jax.settings import PRESETS
 from tests.reference import checkpoints
 
 # As published with Qwen2.5-VL-7B-Instruct: language fields at the top level, `rope_scaling`, `in_chans`.

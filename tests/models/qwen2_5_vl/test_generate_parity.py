@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import latent_jax
-from latent_jax import generate
 from latent_jax.data.layout import Image, Layout, Slots, Text
+from latent_jax.inference import decode
 from tests.reference import ours, theirs
 from tests.reference.checkpoints import edit_json, saved
 from tests.reference.conversations import CLIPS, STILLS, picture
@@ -35,7 +35,7 @@ def test_batch_equals_single_equals_transformers(name):
     for i in (0, 2) if name == "as_published" else ():
         assert vlm.generate_ids([MIXED[i]], NEW) == [batch[i]]
     assert len({tuple(row) for row in batch}) == len(batch), "the rows do not depend on their prompts"
-    decode = vlm.codec.tokenizer.decode
+    decode = vlm.processor.tokenizer.decode
     assert vlm.generate(MIXED, NEW) == [decode(row, skip_special_tokens=True) for row in batch]
 
 
@@ -73,16 +73,16 @@ def test_true_visual_tokens_as_imagined_features_equal_the_image():
     loaded = ours.load(saved("as_published")[0])
     images = (picture(84, 112, 31), picture(56, 84, 32))
     before, after = Text("<|im_start|>user\nLook: "), Text(" and say what it is.")
-    seen = loaded.codec.lay_out(Layout(images, trunk=(before, Image(0), after, Image(1), after)))
+    seen = loaded.processor.lay_out(Layout(images, trunk=(before, Image(0), after, Image(1), after)))
     given = Slots((3, 4), source="given")
-    imagined = loaded.codec.lay_out(Layout(images, trunk=(before, given, after, Image(1), after)))
+    imagined = loaded.processor.lay_out(Layout(images, trunk=(before, given, after, Image(1), after)))
     np.testing.assert_array_equal(seen.positions, imagined.positions)
     np.testing.assert_array_equal(seen.tokens, imagined.tokens)
-    rows = generate.one_per_row([seen, imagined, imagined], loaded.config)
+    rows = decode.one_per_row([seen, imagined, imagined], loaded.config)
 
     @functools.partial(jax.jit, compiler_options=ours.QUICK)
     def logits(model, batch, given):
-        x = generate.embed(model, batch, given, rows.image_patches)
+        x = decode.embed(model, batch, given, rows.image_patches)
         return model.logits(model.decode(x, batch)[0])[0]
 
     tokens = latent_jax.load(saved("as_published")[0]).encode_image(images[0])

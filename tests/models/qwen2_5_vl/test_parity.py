@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from latent_jax import generate
-from latent_jax.data.packing import Budgets, Packer
+from latent_jax.data.packing import BatchShape, Packer
+from latent_jax.inference import decode
 from latent_jax.models.qwen2_5_vl import hf_names
 from tests.reference import ours
 from tests.reference.checkpoints import SHAPES, saved
@@ -49,7 +49,7 @@ def test_logits_of_packed_rows_and_of_views(name):
     directory, model = saved(name)
     loaded = ours.load(directory)
     image = {"type": "image", "image": picture(84, 112, 20)}
-    views = loaded.codec.lay_out(loaded.codec.render_views([image], PAIRS))
+    views = loaded.processor.lay_out(loaded.processor.render_views([image], PAIRS))
     batch = pack(loaded, [*ours.examples(loaded, STILLS), views, *ours.examples(loaded, STILLS[1:2])])
     logits = np.asarray(ours.packed_logits(loaded.model, ours.on_device(batch), image_patches=128))[0]
 
@@ -69,7 +69,7 @@ def pack(loaded, examples) -> dict[str, np.ndarray]:
     vision = loaded.config.vision
     tokens = sum(len(example.tokens) for example in examples) * 5 // 8
     packer = Packer(
-        Budgets(
+        BatchShape(
             micro=1,
             groups=1,
             rows=2,
@@ -100,7 +100,7 @@ def test_gradients_of_every_parameter(name):
     weights[:, -1] = 0
 
     theirs = their_gradients(model, inputs, torch.tensor(weights))
-    rows = generate.one_per_row(ours.examples(loaded, conversations), loaded.config)
+    rows = decode.one_per_row(ours.examples(loaded, conversations), loaded.config)
     T = rows.batch["tokens"].shape[2]
     padded = np.pad(weights, ((0, 0), (0, T - weights.shape[1]))).astype(np.float32)
     found = our_gradients(loaded, ours.on_device(rows.batch), rows.image_patches, jnp.asarray(padded))

@@ -1,0 +1,1 @@
+"""What an evaluation asks, keeps and compares."""

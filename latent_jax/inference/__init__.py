@@ -1,0 +1,1 @@
+"""Models that answer: the facade, what is imagined before an answer, and decoding."""

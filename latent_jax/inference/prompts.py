@@ -1,0 +1,154 @@
+"""What {"type": "imagine"} parts of a conversation stand for, at inference.
+
+The method that trained the model says what is thought over and what the answer sees (methods/contract.py, `Think`);
+whatever else may stand there instead comes as arrays (analysis/interventions.py).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax import methods
+from latent_jax.config import fields
+from latent_jax.data import prompt_batch
+from latent_jax.data.chat import Processor
+from latent_jax.data.layout import Example, Slots
+from latent_jax.data.messages import check as check_messages
+from latent_jax.data.messages import imagine_parts, without_imagined
+from latent_jax.errors import UserError
+from latent_jax.inference import decode
+from latent_jax.methods.contract import Messages, Think
+from latent_jax.models.heads import LatentVLM
+
+
+class NoThought(UserError):
+    """A conversation asks for latents that the model cannot predict."""
+
+
+class Thought(NamedTuple):
+    """What one imagine part stands for: latents (S, Z) in the space that they are predicted in, fp32, and the input
+    embeddings (M, D) that the answer sees."""
+
+    latents: np.ndarray
+    inputs: np.ndarray
+
+
+def think(
+    models: Sequence[LatentVLM],
+    processor: Processor,
+    settings,
+    conversations: Sequence[Messages],
+    *,
+    variant: str = "",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[Thought]]:
+    """For every conversation what its imagine parts stand for, in their order; shared among copies of the model.
+
+    settings: the config of the method that trained the model, or None. variant: one of its `Think.variants`, "" the
+    first. A thought depends on its own conversation and the seed alone. Raises UserError for parts that mean nothing,
+    and NoThought where the model cannot imagine.
+    """
+    wanted = [asked(messages) for messages in conversations]
+    if not any(wanted):
+        return [[] for _ in conversations]
+    way = way_of(settings)
+    if variant not in ("", *way.variants):
+        raise UserError(f"variant: got {variant!r:.100}, expected one of {', '.join(way.variants)}")
+    shape = way.shape(settings)
+    for part in (part for parts in wanted for part in parts):
+        if part.get("grid") not in (None, shape, list(shape) if isinstance(shape, tuple) else shape):
+            raise UserError(f"an 'imagine' part's grid is {fields.shown(part['grid'])}, expected the model's {shape}")
+    layouts = [
+        layout
+        for messages, parts in zip(conversations, wanted, strict=True)
+        if parts
+        for layout in way.layouts(messages, settings, processor, variant or way.variants[0])
+    ]
+    examples = [processor.lay_out(layout) for layout in layouts]
+    marks = decode.marks(examples)
+
+    def run(model: LatentVLM, share: np.ndarray) -> list[Thought]:
+        laid = prompt_batch.packed([examples[i] for i in share], model.vlm.config)
+        config = with_images(settings, laid.image_patches)
+        keys = decode.keys(np.uint32(seed), np.pad(marks[share], ((0, len(laid.lengths) - len(share)), (0, 0))))
+        latents, inputs = _run(model, laid.batch, keys, np.float32(temperature), way=way, config=config)
+        found = zip(np.asarray(latents.astype(jnp.float32)), np.asarray(inputs), strict=True)
+        return [Thought(*each) for each, _ in zip(found, share, strict=False)]
+
+    thoughts = iter(decode.divide(models, len(examples), run))
+    return [[next(thoughts) for _ in parts] for parts in wanted]
+
+
+@functools.partial(jax.jit, static_argnames=("way", "config"))
+def _run(model, batch, keys, temperature, *, way: Think, config):
+    return way.run(model, batch, config, keys, temperature)
+
+
+class Prompts(NamedTuple):
+    """Conversations laid out for an answer, and the features (Y, D) of their given Slots, in order."""
+
+    examples: list[Example]
+    given: np.ndarray
+
+
+def prompts(
+    processor: Processor,
+    settings,
+    hidden: int,
+    conversations: Sequence[Messages],
+    inputs: Sequence[Sequence[np.ndarray]],
+    answers: Sequence[str] | None = None,
+) -> Prompts:
+    """Lays conversations out for an answer.
+
+    inputs: for every conversation what stands in the place of its imagine parts, (M, D) each; () leaves them out.
+    hidden: D. answers: given answers, which end the sequences and carry loss. Raises UserError where an array does not
+    fit its place.
+    """
+    if len(inputs) != len(conversations):
+        raise UserError(f"thoughts: got those of {len(inputs)} conversations, expected {len(conversations)}")
+    shape = way_of(settings).shape(settings) if any(map(len, inputs)) else None
+    examples, given = [], [np.zeros((0, hidden), np.float32)]
+    for number, (messages, own) in enumerate(zip(conversations, inputs, strict=True)):
+        parts = asked(messages)
+        if len(own) not in (0, len(parts)):
+            raise UserError(f"thoughts of conversation {number}: got {len(own)}, expected none or {len(parts)}")
+        said = list(messages) if own else without_imagined(messages)
+        if answers is not None:
+            said += [{"role": "assistant", "content": answers[number]}]
+        layout = processor.render(said, add_generation_prompt=answers is None, imagined_grid=shape)
+        examples.append(processor.lay_out(layout))
+        for array in own:
+            expected = (Slots(shape).count, hidden)
+            if np.shape(array) != expected or not np.isfinite(np.asarray(array, np.float32)).all():
+                raise UserError(
+                    f"thoughts of conversation {number}: an array of shape {np.shape(array)}, expected {expected} "
+                    "finite numbers"
+                )
+            given.append(np.asarray(array))
+    return Prompts(examples, np.concatenate(given, dtype=given[-1].dtype))
+
+
+def asked(messages: Messages) -> list[dict]:
+    """The imagine parts of a conversation, checked."""
+    check_messages(messages)
+    return imagine_parts(messages)
+
+
+def way_of(settings) -> Think:
+    """How the method of these settings thinks before an answer. Raises NoThought where it does not."""
+    way = settings and methods.find(settings.method).think
+    if way is None:
+        raise NoThought("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
+    return way
+
+
+def with_images(settings, image_patches: int):
+    """Settings that tell the most patches of an image in a batch at hand: static, as all of a compiled program's."""
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, image_patches=image_patches))

@@ -1,0 +1,211 @@
+"""What is trained and what is frozen: two flat dicts of arrays, made from a checkpoint or at random."""
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
+from latent_jax.models import hf_io, lora
+from latent_jax.models.heads import LatentVLM
+from latent_jax.models.parameters import Structure
+from latent_jax.models.qwen2_5_vl import flops
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from latent_jax.ops import attention, partition
+from latent_jax.runtime import sharding
+from latent_jax.training import optimizer
+
+Arrays = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes, and the frozen arrays beside it. Keys are dotted paths (`vlm.text.blocks.q`)."""
+
+    step: jax.Array
+    trainable: Arrays
+    frozen: Arrays
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What one run trains: the model's structure, which paths learn, with which optimiser, and where arrays live."""
+
+    config: object
+    method: Method
+    model_config: ModelConfig
+    structure: Structure
+    mesh: Mesh
+    transform: optax.GradientTransformation
+    dtype: jnp.dtype
+    attention: attention.Choice
+
+    @property
+    def trainable(self) -> list[str]:
+        return [path for path in self.structure.variables if learns(path, self.structure, self.config, self.method)]
+
+    def ledger(self, device_kind: str, devices: int) -> flops.Ledger:
+        """Counts what a step computes, on so many devices of one kind."""
+        return flops.Ledger(
+            self.model_config,
+            device_kind,
+            devices,
+            passes=self.method.passes(self.config),
+            text=_learnt(self.trainable, "vlm.text."),
+            vision=_learnt(self.trainable, "vlm.vision."),
+        )
+
+    def sharding(self, path: str) -> NamedSharding:
+        return sharding.weight_sharding(self.structure.axes(path), self.structure.shape(path), self.mesh)
+
+    def abstract(self) -> TrainState:
+        """The state's shapes, dtypes and shardings, for compiling and for restoring."""
+        wanted = {path: self.abstract_array(path) for path in self.structure.variables}
+        trainable = {path: wanted.pop(path) for path in self.trainable}
+        shapes = jax.eval_shape(self.transform.init, trainable)
+        replicated = sharding.replicated(self.mesh)
+        opt_state = optax.tree_map_params(
+            self.transform,
+            lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+            shapes,
+            trainable,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return TrainState(step, trainable, wanted, opt_state)
+
+    def abstract_array(self, path: str) -> jax.ShapeDtypeStruct:
+        variable = self.structure.variables[path]
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=self.sharding(path))
+
+    def build(self, trainable: Arrays, frozen: Arrays, attention: str = "reference") -> LatentVLM:
+        """The model, computing in `dtype`; statistics and scalars stay fp32.
+
+        `attention` is the step's to name, with the mesh that the kernels need; what runs beside it (measuring the data,
+        reports) takes rows of any number, and the reference.
+        """
+        arrays = {**trainable, **frozen}
+        cast = {p: a.astype(self.dtype) if a.ndim and self.structure.trained(p) else a for p, a in arrays.items()}
+        # Stacked layers are gathered one at a time by their scan, tables over the vocabulary where they are used.
+        at_once = {p for p in cast if self.structure.axes(p)[:1] not in ("L", "V")}
+        whole = {p: partition.gather(a, self.structure.axes(p)) if p in at_once else a for p, a in cast.items()}
+        model = self.structure.build(whole)
+        model.vlm.text.attention = model.vlm.vision.attention = attention
+        return model
+
+
+def learns(path: str, structure: Structure, config, method: Method) -> bool:
+    """Whether a path is trained: as the method says, else by the config's `model` section.
+
+    The method's own head always; of the language model its adapters where there are any, else all of it; the vision
+    tower if asked. Statistics never.
+    """
+    if not structure.trained(path):
+        return False
+    if method.learns:
+        return method.learns(path, config)
+    if path.startswith("head."):
+        return True
+    if config.model.lora_rank:
+        return lora.PART in path
+    return config.model.trainable == "all" or not path.startswith("vlm.vision.")
+
+
+def _learnt(trainable: list[str], part: str) -> flops.Learnt:
+    """What learns of a part of the model."""
+    own = [path for path in trainable if path.startswith(part)]
+    if not own:
+        return "nothing"
+    return "adapters" if all(lora.PART in path for path in own) else "weights"
+
+
+def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]) -> Setup:
+    """The run's setup. Trainable weights are fp32 masters; frozen ones keep the checkpoint's dtype (`dtypes` by path).
+
+    Raises UserError where the mesh, the attention kernel or the adapters do not fit the model.
+    """
+    sharding.check_heads(mesh, model_config.text.num_attention_heads)
+    lora.check(config.model.lora_rank, model_config.text)
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    for path, variable in list(structure.variables.items()):
+        if path in dtypes and not learns(path, structure, config, method):
+            structure.variables[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, dtypes[path]))
+    paths = [path for path in structure.variables if learns(path, structure, config, method)]
+    transform = optimizer.make(config.train, paths, {path for path in paths if structure.decayed(path)})
+    dtype = compute_dtype(config, mesh)
+    # By the devices of the mesh, which may be absent ones, never by the machine that builds the program.
+    platform = mesh.devices.flat[0].platform
+    kernel = choose_attention(config.model.attention, platform, dtype, model_config)
+    return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel)
+
+
+def compute_dtype(config, mesh: Mesh) -> np.dtype:
+    """The dtype of matmuls: `model.compute_dtype`, or what suits the mesh's devices."""
+    named = config.model.compute_dtype
+    if named == "auto":
+        named = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(named)
+
+
+def choose_attention(wanted: str, platform: str, dtype: DTypeLike, model_config: ModelConfig) -> attention.Choice:
+    """The attention of a step on devices of this platform: `auto` takes what they run fastest.
+
+    Raises UserError where the one that is named cannot run there.
+    """
+    heads = model_config.text.head_size, model_config.vision.head_size
+    if wanted == "auto":
+        return attention.choose(platform, dtype, heads)
+    if problem := attention.obstacle(wanted, platform, dtype, heads):
+        raise UserError(f"config.model.attention: {problem}")
+    return attention.Choice(wanted)
+
+
+def new_model(config, method: Method, model_config: ModelConfig) -> LatentVLM:
+    """The model with random weights, fp32, and its adapters where the config asks for them."""
+    rngs = nnx.Rngs(config.seed)
+    vlm = Qwen2_5_VL(model_config, rngs=rngs)
+    head = method.build_head(model_config, config, rngs)
+    if config.model.lora_rank:
+        # Last, so that everything else starts as it does without.
+        vlm.text.blocks.lora = lora.LoRA(vlm.text.blocks, config.model.lora_rank, config.model.lora_alpha, rngs)
+    return LatentVLM(vlm, head)
+
+
+def first_state(setup: Setup, directory: str | Path, head: Arrays = types.MappingProxyType({})) -> TrainState:
+    """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
+
+    head: arrays that were saved beside the checkpoint (exported.saved_head), by path.
+    """
+    config, structure = setup.config, setup.structure
+    abstract = setup.abstract()
+    shardings = {path: a.sharding for path, a in {**abstract.trainable, **abstract.frozen}.items()}
+    dtypes = {path: a.dtype for path, a in {**abstract.trainable, **abstract.frozen}.items()}
+    loaded: Arrays = {}
+    if config.model.init == "checkpoint":
+        place = {p.removeprefix("vlm."): s for p, s in shardings.items() if p.startswith("vlm.")}
+        types_ = {p.removeprefix("vlm."): d for p, d in dtypes.items() if p.startswith("vlm.")}
+        vlm = hf_io.load(directory, setup.model_config, dtype=types_, shardings=place)
+        loaded = {f"vlm.{path}": array for path, array in vlm.items()} | dict(head)
+    missing = [path for path in structure.variables if path not in loaded]
+
+    def initialise() -> Arrays:
+        arrays = structure.arrays(new_model(config, setup.method, setup.model_config))
+        return {path: arrays[path].astype(dtypes[path]) for path in missing}
+
+    fresh = jax.jit(initialise, out_shardings={path: shardings[path] for path in missing})()
+    arrays = {**loaded, **fresh}
+    trainable = {path: arrays[path] for path in abstract.trainable}
+    frozen = {path: arrays[path] for path in abstract.frozen}
+    placed = jax.tree.map(lambda a: a.sharding, abstract.opt_state)
+    opt_state = jax.jit(setup.transform.init, out_shardings=placed)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), trainable, frozen, opt_state)

@@ -1,0 +1,74 @@
+"""The training step: gradients of one method's loss, summed exactly over micro-steps and devices, then one update."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_jax.runtime import sharding
+from latent_jax.runtime.devices import compiler_options
+from latent_jax.training import optimizer
+from latent_jax.training.state import Arrays, Setup, TrainState
+
+
+def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
+    """The jitted step: (state, batch with leading (A, G)) -> (new state, metrics as scalars).
+
+    Every term is a sum over tokens, slots or examples divided by its weight over the *whole* step, which the batch's
+    masks tell in advance. So micro-steps and devices add their gradients without knowing of each other.
+    """
+    config, method = setup.config, setup.method
+    rates = optimizer.rates(config.train, setup.trainable)
+
+    def gradients(state: TrainState, batch: Arrays):
+        fraction = state.step.astype(jnp.float32) / config.train.steps
+        coefficients = method.coefficients(config, fraction)
+        totals = {term: jnp.maximum(weight, 1.0) for term, weight in method.weights(batch, config).items()}
+
+        def objective(trainable: Arrays, micro: Arrays):
+            model = setup.build(trainable, state.frozen, setup.attention.implementation)
+            terms, metrics = method.loss(model, micro, config)
+            means = {term: total / totals[term] for term, (total, _) in terms.items()}
+            return sum(coefficients[term] * mean for term, mean in means.items()), (means, metrics)
+
+        def micro_step(carry, micro: Arrays):
+            out, grads = jax.value_and_grad(objective, has_aux=True)(state.trainable, micro)
+            return jax.tree.map(jnp.add, carry, (out, pin(grads))), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            out, grads = jax.value_and_grad(objective, has_aux=True)(state.trainable, first)
+            return out, pin(grads)
+        zeros = jax.eval_shape(lambda: jax.value_and_grad(objective, has_aux=True)(state.trainable, first))
+        out, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+        return jax.lax.scan(micro_step, (out, pin(grads)), batch)[0]
+
+    def pin(grads: Arrays) -> Arrays:
+        # The partitioner may drop a gradient's fsdp axis and all-reduce the whole of it; it must be reduce-scattered.
+        return {path: jax.lax.with_sharding_constraint(g, setup.sharding(path)) for path, g in grads.items()}
+
+    def step(state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
+        with jax.sharding.use_abstract_mesh(setup.mesh.abstract_mesh):
+            return update(state, batch)
+
+    def update(state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
+        (total, (means, extra)), grads = gradients(state, batch)
+        updates, opt_state = setup.transform.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss/total": total} | {f"loss/{term}": mean for term, mean in means.items()}
+        metrics |= {name: value / jnp.maximum(weight, 1.0) for name, (value, weight) in extra.items()}
+        metrics |= {name: jnp.float32(rate(state.step)) for name, rate in rates.items()}
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    # Where the state lives is decided once, by its own arrays; the batch is split by groups over replica and fsdp.
+    abstract = setup.abstract()
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        step,
+        in_shardings=(places, sharding.batch_sharding(setup.mesh)),
+        out_shardings=(places, sharding.replicated(setup.mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(setup.mesh.devices.flat[0].platform),
+    )

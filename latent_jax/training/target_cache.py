@@ -1,0 +1,206 @@
+"""Fills a latent cache: every image of the training data once through the frozen encoder.
+
+`--config.data.latent_cache=DIR` makes the cache on first use and only reads it after that. A run that is killed while
+the cache is made goes on where it stopped. A record that training would skip (a broken image) gets no latents, and so
+training skips it.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from latent_jax.config.training import mixture
+from latent_jax.data import batch_shapes, packing, pipeline
+from latent_jax.data.chat import Processor
+from latent_jax.data.latent_cache import Cached, LatentCache
+from latent_jax.data.layout import Example
+from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
+from latent_jax.models import hf_io
+from latent_jax.models.parameters import Structure
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.vision import VisionTower
+from latent_jax.runtime import sharding
+from latent_jax.training.state import compute_dtype
+
+# What a group holds in one pass: enough to keep a device busy, and little beside what a training step takes.
+_PATCHES, _EXAMPLES = 8192, 256
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Everything that latents depend on, and the mesh that computes them."""
+
+    config: object
+    method: Method
+    processor: Processor
+    model_config: ModelConfig
+    origin: Path
+    mesh: jax.sharding.Mesh
+
+    def beside(self, data, say: Callable[[str], None]) -> list[tuple[Cached, float]]:
+        """[(source, weight), ...] with its latents beside every record, from caches in `config.data.latent_cache`.
+
+        A source's cache lies in DIR/NAME-SPLIT; what is missing of it is made first. Raises UserError where the method
+        has no latent targets, or where a cache was made from something else.
+        """
+        if not self.method.targets:
+            raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
+        names = [name for name, _ in mixture(self.config.data.name)]
+        caches = [self.open(name, len(source)) for name, (source, _) in zip(names, data, strict=True)]
+        for cache, (source, _) in zip(caches, data, strict=True):
+            self.fill(cache, source, say)
+        return [(Cached(source, cache), weight) for cache, (source, weight) in zip(caches, data, strict=True)]
+
+    def open(self, name: str, records: int) -> LatentCache:
+        """The cache of one source, checked against all that its latents depend on.
+
+        They are kept in the dtype that the encoder computes in: pooled in fp32, then, for bfloat16, rounded once (which
+        changes nothing where a cell of the grid is a single merged token).
+        """
+        data, targets = self.config.data, self.method.targets
+        made_from = {
+            "dataset": name,
+            "split": data.split,
+            "encoder": _checksum(self.origin),
+            "vision": dataclasses.asdict(self.model_config.vision),
+            "preprocessing": dataclasses.asdict(self.processor.image),
+            "latent": targets.made_from(self.config),
+        }
+        shape = targets.shape(self.model_config, self.config)
+        dtype = compute_dtype(self.config, self.mesh).name
+        return LatentCache.open(Path(data.latent_cache) / f"{name}-{data.split}", made_from, records, shape, dtype)
+
+    def fill(self, cache: LatentCache, source: Sequence, say: Callable[[str], None]) -> None:
+        """Makes the missing shards, each written as soon as it is whole."""
+        missing = cache.missing()
+        if not missing:
+            return
+        if jax.process_count() > 1:
+            raise UserError(f"{cache.folder}: not complete; make the latent cache in a run of one process first")
+        with cache.filling():
+            self._fill(cache, source, cache.missing(), say)
+
+    def _fill(self, cache: LatentCache, source: Sequence, missing: list[int], say: Callable[[str], None]) -> None:
+        total = sum(len(cache.indices(shard)) for shard in missing)
+        say(f"latent cache: {total} of {cache.records} images to encode, into {cache.folder}")
+        began = told = time.monotonic()
+        batch_shape = self.batch_shape(source, cache)
+        run = self.compiled(batch_shape)
+        seen = known = 0
+        for shard in missing:
+            rows = self.rows(source, cache.indices(shard), batch_shape, run)
+            cache.write(shard, rows)
+            seen, known = seen + len(cache.indices(shard)), known + len(rows)
+            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                say(f"latent cache: {seen} of {total} images")
+        say(f"latent cache: done in {time.monotonic() - began:.0f} s, {total - known} records left out")
+
+    def batch_shape(self, source: Sequence, cache: LatentCache) -> packing.BatchShape:
+        """Static shapes of a pass, of which a shard takes a whole number."""
+        config, vision = self.config, self.model_config.vision
+        groups = sharding.data_shards(self.mesh)
+        sample = pipeline.sample_examples(source, self._layout, self.processor, config.data.sample)
+        sizes = [packing.size_of(example) for example in sample]
+        patches = max(1.0, np.mean([size.patches for size in sizes]))
+        passes = -(-cache.shard_records // (groups * max(1, min(_EXAMPLES, int(_PATCHES / patches)))))
+        return batch_shapes.choose(
+            sizes,
+            batch_size=groups * -(-cache.shard_records // (groups * passes)),
+            groups=groups,
+            window_patches=vision.window_patches,
+            merge_unit=vision.merge_unit,
+        )
+
+    def compiled(self, batch_shape: packing.BatchShape) -> Callable:
+        """Batch -> targets (G, E, S, Z), for passes of this shape. Loads the encoder."""
+        config = dataclasses.replace(
+            self.config, data=dataclasses.replace(self.config.data, image_patches=batch_shape.image_patches)
+        )
+        dtype = compute_dtype(config, self.mesh)
+        structure = Structure.of(nnx.eval_shape(lambda: VisionTower(self.model_config.vision, nnx.Rngs(0), dtype)))
+        everywhere = sharding.replicated(self.mesh)
+        prefix = "vision."
+        places = {prefix + path: everywhere for path in structure.variables}
+        # A frozen encoder stays in its checkpoint's dtype and is cast where it is used (state.Setup.build).
+        found = hf_io.load(self.origin, self.model_config, shardings=places, prefix=prefix)
+        arrays = {path.removeprefix(prefix): array.astype(dtype) for path, array in found.items()}
+
+        @jax.jit
+        def run(arrays, batch):
+            first = {key: value[0] for key, value in batch.items()}
+            return self.method.targets.encode(structure.build(arrays), self.model_config, first, config)
+
+        place = sharding.batch_sharding(self.mesh)
+        return lambda batch: run(arrays, jax.device_put(batch, place))
+
+    def rows(self, source: Sequence, indices: range, batch_shape, run) -> dict[int, tuple[bytes, np.ndarray]]:
+        """{record index: (encoded image, latents (S, Z))} of a shard, without the records that training would skip."""
+        order: list[tuple[int, bytes]] = []
+        found: dict[int, tuple[bytes, np.ndarray]] = {}
+
+        def usable() -> Iterator[Example]:
+            for index, image, example in self._examples(source, indices, batch_shape):
+                if example is not None:
+                    order.append((index, image))
+                    yield example
+
+        def collect(latents, mask, numbers) -> None:
+            latents = np.asarray(latents)
+            for group, place in np.argwhere(mask):
+                index, image = order[numbers[group, place]]
+                found[index] = image, latents[group, place]
+
+        pending = None
+        for batch in packing.batches(usable(), batch_shape):
+            started = run(batch), batch["example_mask"][0], batch["number"][0]
+            if pending:  # fetched one late, so that the device never waits for the host
+                collect(*pending)
+            pending = started
+        if pending:
+            collect(*pending)
+        return found
+
+    def _examples(self, source: Sequence, indices: range, batch_shape) -> Iterator[tuple[int, bytes, Example | None]]:
+        """(index, encoded image, Example), decoded by threads, a few ahead; no Example for what training would skip."""
+
+        def one(index: int):
+            record = source[index]
+            if not record["images"]:
+                return index, b"", None
+            try:
+                with pipeline.telling(record):
+                    example = self.processor.lay_out(self._layout(record, index))
+                    batch_shape.check(example)
+            except UserError:
+                example = None
+            return index, record["images"][0], example
+
+        ahead = 8 * self.config.data.threads
+        with ThreadPoolExecutor(self.config.data.threads) as pool:
+            for at in range(0, len(indices), ahead):
+                yield from pool.map(one, indices[at : at + ahead])
+
+    def _layout(self, record: dict, index: int):
+        return self.method.targets.layout(record, self.config)
+
+
+def _checksum(directory: Path) -> str:
+    """SHA-256 of the vision tower's weights: names, dtypes, shapes and values, as the checkpoint stores them."""
+    digest = hashlib.sha256()
+    checkpoint = hf_io.Checkpoint.open(directory)
+    for name in sorted(name for name in checkpoint.tensors if name.startswith("visual.")):
+        checkpoint.check(name)
+        tensor = checkpoint.tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
