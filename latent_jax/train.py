@@ -26,6 +26,7 @@ from latent_jax.runtime.progress import Progress
 from latent_jax.training import target_cache, validation, workdir
 from latent_jax.training.finish import finish, finished, look_ahead
 from latent_jax.training.latent_config import saved_head
+from latent_jax.training.loop import loop
 from latent_jax.training.resume import check_begun, check_start, restore
 from latent_jax.training.shapes import layout_of, mesh_words, settle
 from latent_jax.training.state import Setup, TrainState, first_state, make_setup

@@ -3,7 +3,7 @@
 Every run is described by one frozen, hashable `Config`. Config files build it with `default` and plain assignments on a
 `ml_collections.ConfigDict`; `override` applies the command line's `--config.a.b=value`; `resolve` checks everything and
 freezes it. `Config` is a training run's (training.py), to which a method adds the sections that it declares; an
-evaluation has one of its own (benchmarks/training.py).
+evaluation has one of its own (evaluation.py).
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def resolve(config: Mapping | ml_collections.ConfigDict) -> Config | Evaluation:
     """
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     frozen = _build(_schema(config), config, "config")
-    (evaluation if isinstance(frozen, Evaluation) else settings).check(frozen)
+    (evaluation if isinstance(frozen, Evaluation) else training).check(frozen)
     return frozen
 
 

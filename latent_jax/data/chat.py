@@ -246,7 +246,7 @@ class Processor:
         used = {part.index: isinstance(part, Video) for part in shown}
         for target in layout.targets:
             used.setdefault(target, isinstance(layout.images[target], list | tuple))
-        visuals: dict[int, _Visual] = {}
+        visuals: dict[int, Visual] = {}
         merged = slices = 0
         for index in sorted(used):
             name = f"record {layout.key!r}: image {index}" if layout.key else ""

@@ -100,7 +100,7 @@ def test_chunks_change_no_answer(facade, records, monkeypatch):
     examples = [facade.processor.lay_out(layout) for layout in texts]
     given = jnp.asarray(np.random.default_rng(1).normal(size=(COUNT, 4, 64)), jnp.float32)
     whole = probe.answers(facade.model, examples, given)
-    monkeypatch.setattr(imagination, "CHUNK", 4)  # six examples: a full chunk and a padded one
+    monkeypatch.setattr(probe, "CHUNK", 4)  # six examples: a full chunk and a padded one
     assert probe.answers(facade.model, examples, given).tolist() == whole.tolist()
 
 
