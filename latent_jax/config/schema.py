@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_collections
 
 from latent_jax import methods
-from latent_jax.config import evaluation, fields
+from latent_jax.config import evaluation, fields, training
 from latent_jax.config.evaluation import Evaluation
 from latent_jax.config.training import Config
 from latent_jax.errors import UserError

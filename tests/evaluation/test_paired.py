@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from latent_jax import compare
 from latent_jax.errors import UserError
 from latent_jax.evaluation import paired
 

@@ -271,8 +271,8 @@ def test_a_damaged_held_out_split_ends_the_run_before_it_counts_as_finished(scen
     def damaged(config):
         raise sources.Damaged("shard: damaged: record 0")
 
-    monkeypatch.setattr(imagination, "lacking", lambda config: "")
-    monkeypatch.setattr(imagination, "held_out", damaged)
+    monkeypatch.setattr(probe, "lacking", lambda config: "")
+    monkeypatch.setattr(probe, "held_out", damaged)
     model, processor = mock.Mock(spec=LatentVLM), mock.Mock(spec=Processor)
     with pytest.raises(UserError, match="shard: damaged: record 0.*the same command makes the report"):
         probe.run(model, config_of(scenes), processor, tmp_path, print)
