@@ -8,7 +8,7 @@ from latent_jax.config import fields
 from latent_jax.config.fields import option
 from latent_jax.errors import UserError
 
-PRESETS = Path(__file__).parent / "models" / "presets"
+PRESETS = Path(__file__).parents[1] / "models" / "presets"
 
 
 @dataclasses.dataclass(frozen=True)
