@@ -42,7 +42,7 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
 
     Args:
       examples: laid-out prompts; the features of given Slots follow each other in their order.
-      config: the model's Config.
+      config: of the model.
     """
     T = bucket(max(len(e.tokens) for e in examples), TOKENS)
     R = len(examples)

@@ -22,7 +22,7 @@ from latent_jax.inference import decode, prompts
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.runtime.files import read_json
 from latent_jax.training import latent_config
@@ -57,7 +57,7 @@ class VLM:
         return bool(self.settings and methods.find(self.settings.method).think)
 
     @property
-    def config(self) -> Config:
+    def config(self) -> ModelConfig:
         return self.model.vlm.config
 
     def logits(self, messages: Messages) -> np.ndarray:

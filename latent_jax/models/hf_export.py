@@ -25,7 +25,7 @@ from latent_jax.models.hf_io import INDEX_FILE, LATENT_CONFIG, LATENT_WEIGHTS, P
 from latent_jax.models.origin import ORIGIN_FILE, Origin, check_origin, copy_files, set_limits, write_json
 from latent_jax.models.origin import keep_origin as keep_origin
 from latent_jax.models.qwen2_5_vl import hf_names
-from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.sums import CARD
 from latent_jax.runtime.files import read_bytes, read_json, whole
 
@@ -50,7 +50,7 @@ class Rows(Protocol):
 def save(
     directory: str | Path,
     params: Mapping[str, jax.Array | np.ndarray | Rows],
-    config: Config,
+    config: ModelConfig,
     *,
     source: str | Path | None = None,
     dtype: DTypeLike | None = None,
@@ -210,7 +210,7 @@ def _write(
 
 
 def _entries(
-    params: Mapping, config: Config, origin: Origin | None, dtype: DTypeLike | None, unsound: list[str] | None
+    params: Mapping, config: ModelConfig, origin: Origin | None, dtype: DTypeLike | None, unsound: list[str] | None
 ) -> Iterator[tuple[str, tensor_files.Entry]]:
     for row, layer, name in hf_names.published(config):
         value = params[row.path]
@@ -221,7 +221,7 @@ def _entries(
 
 
 def _pieces(
-    value, row: hf_names.Weight, layer: int, config: Config, dtype: np.dtype, name: str, unsound: list[str] | None
+    value, row: hf_names.Weight, layer: int, config: ModelConfig, dtype: np.dtype, name: str, unsound: list[str] | None
 ) -> Iterator[np.ndarray]:
     """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings).
 

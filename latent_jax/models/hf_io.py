@@ -22,7 +22,7 @@ from latent_jax.config.fields import shown
 from latent_jax.errors import UserError
 from latent_jax.models import sums, tensor_files
 from latent_jax.models.qwen2_5_vl import hf_names
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.runtime.files import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -117,7 +117,7 @@ class Checkpoint:
             sums.check_tensor(self.directory / self.files[name], name, self.tensors[name], self.unread[name])
             self.unread.pop(name, None)
 
-    def weights(self, config: Config) -> dict[str, "FileWeight"]:
+    def weights(self, config: ModelConfig) -> dict[str, "FileWeight"]:
         """Our path -> weight. Raises UserError naming the first missing, unexpected or misshapen tensor.
 
         A tied checkpoint may store `lm_head.weight` too (some trainers write it); it must then equal the embedding, and
@@ -166,7 +166,7 @@ class FileWeight:
     """
 
     def __init__(
-        self, tensors: dict[str, np.ndarray], row: hf_names.Weight, config: Config, check: Callable[[str], None]
+        self, tensors: dict[str, np.ndarray], row: hf_names.Weight, config: ModelConfig, check: Callable[[str], None]
     ):
         self._layers = [row.to_ours(tensor, config) for tensor in tensors.values()]
         self._names, self._check = list(tensors), check
@@ -207,7 +207,7 @@ def copy_in_order(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray
 
 def load(
     directory: str | Path,
-    config: Config | None = None,
+    config: ModelConfig | None = None,
     *,
     dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,

@@ -15,7 +15,7 @@ from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io, sums
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.perf import timing
 from latent_jax.runtime.devices import divide_cpu, keep_freed_memory
@@ -51,7 +51,7 @@ def devices() -> list[jax.Device]:
     return found[: timing.cores()]
 
 
-def config_of(directory: Path, processor: Processor) -> Config:
+def config_of(directory: Path, processor: Processor) -> ModelConfig:
     return dataclasses.replace(
         from_json(directory / "config.json"), image_mean=processor.image.mean, image_std=processor.image.std
     )

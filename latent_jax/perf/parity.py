@@ -26,7 +26,7 @@ from latent_jax.inference import decode
 from latent_jax.models import hf_io
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.perf import timing
 from latent_jax.training.workdir import is_workdir
@@ -238,7 +238,7 @@ def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches
     return found | {"text.blocks": layers[:, 0, 0], "text.norm": hidden[0, 0], "logits": model.logits(hidden)[0, 0]}
 
 
-def _named(config: Config, found: dict[str, jax.Array], rows: decode.Rows) -> dict[str, np.ndarray]:
+def _named(config: ModelConfig, found: dict[str, jax.Array], rows: decode.Rows) -> dict[str, np.ndarray]:
     """Activations by layer name without padding. Patches stand in window order on both sides."""
     patches = int((rows.batch["patch_image"] > 0).sum())
     real = {"vision": patches, "vision.merger": patches // config.vision.merge_unit}

@@ -24,8 +24,7 @@ from latent_jax.errors import UserError
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl import flops
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
-from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.ops import attention
 from latent_jax.perf import hlo, topologies
 from latent_jax.perf.roofline import Roofline, roofline

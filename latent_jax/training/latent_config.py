@@ -20,7 +20,7 @@ from latent_jax.methods.contract import Method
 from latent_jax.models import hf_export
 from latent_jax.models.hf_io import LATENT_CONFIG
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.runtime.command import say_line
 from latent_jax.training.state import Arrays, Setup
 

@@ -19,7 +19,7 @@ from latent_jax.models import hf_io, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl import flops
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.ops import attention, partition
 from latent_jax.runtime import sharding

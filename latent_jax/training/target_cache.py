@@ -25,7 +25,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.runtime import sharding
 from latent_jax.training.state import compute_dtype

@@ -17,8 +17,7 @@ from latent_jax.models import lora
 from latent_jax.models.card import Card
 from latent_jax.models.origin import check_origin, kept_license
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
-from latent_jax.models.qwen2_5_vl.config import from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.runtime import files, provenance
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.training.state import new_model

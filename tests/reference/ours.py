@@ -14,14 +14,14 @@ from latent_jax.data.layout import Example
 from latent_jax.inference import decode
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     processor: Processor
-    config: Config
+    config: ModelConfig
     structure: Structure
     arrays: dict[str, jax.Array]
 

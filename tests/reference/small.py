@@ -16,7 +16,7 @@ from latent_jax.config import schema
 from latent_jax.data import packing
 from latent_jax.data.chat import Processor
 from latent_jax.methods import pretrain
-from latent_jax.models.qwen2_5_vl.config import Config, from_json
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 
 COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("ball", "cube", "cone", "star")
 # Rows and columns in patches of 14 pixels; an attention window is 4 x 4 of them.
@@ -44,7 +44,7 @@ def processor() -> Processor:
     return Processor.from_directory(directory())
 
 
-def model_config() -> Config:
+def model_config() -> ModelConfig:
     return from_json(directory() / "config.json")
 
 

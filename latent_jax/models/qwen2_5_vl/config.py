@@ -89,7 +89,7 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """A Qwen2.5-VL model: both towers and the token ids that tie them together."""
 
     text: TextConfig
@@ -115,7 +115,7 @@ class Config:
                 )
 
 
-def from_json(source: dict | str | Path) -> Config:
+def from_json(source: dict | str | Path) -> ModelConfig:
     """Reads a config.json (a path or its parsed content), whichever key style wrote it.
 
     Published checkpoints keep the language model's fields at the top level and `rope_scaling`; transformers 5 nests
@@ -131,19 +131,19 @@ def from_json(source: dict | str | Path) -> Config:
         raise UserError(f"{where}: {problem}") from None
 
 
-def _config(source: dict) -> Config:
+def _config(source: dict) -> ModelConfig:
     if source.get("model_type") != "qwen2_5_vl":
         raise UserError(f"model_type is {fields.shown(source.get('model_type'))}, expected 'qwen2_5_vl'")
     if source.get("quantization_config"):
         raise UserError("quantization_config: a quantised checkpoint; expected the one that it was made from")
     ids = {**_section(source, "text_config"), **{key: value for key, value in source.items() if value is not None}}
-    return Config(
+    return ModelConfig(
         text=_text(source),
         vision=_vision(source),
-        image_token_id=fields.read(Config, "image_token_id", source),
-        video_token_id=fields.read(Config, "video_token_id", source),
-        vision_start_token_id=fields.read(Config, "vision_start_token_id", ids, default=151652),
-        vision_end_token_id=fields.read(Config, "vision_end_token_id", ids, default=151653),
+        image_token_id=fields.read(ModelConfig, "image_token_id", source),
+        video_token_id=fields.read(ModelConfig, "video_token_id", source),
+        vision_start_token_id=fields.read(ModelConfig, "vision_start_token_id", ids, default=151652),
+        vision_end_token_id=fields.read(ModelConfig, "vision_end_token_id", ids, default=151653),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from latent_jax.models.qwen2_5_vl.config import Config, TextConfig, VisionConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
 
 # Part of jax's device_kind -> dense bf16 FLOP/s of one device, from the vendors' data sheets. The first match counts.
 PEAKS = (
@@ -123,7 +123,7 @@ class Ledger:
       passes: how often a step runs the language model's blocks over the batch.
     """
 
-    config: Config
+    config: ModelConfig
     device_kind: str
     devices: int
     text: Learnt = "weights"

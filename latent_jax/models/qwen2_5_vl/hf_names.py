@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from math import prod
 
-from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +27,26 @@ class Weight:
         """Whether our side stacks one published tensor per layer."""
         return "{l}" in self.name
 
-    def names(self, config: Config) -> list[str]:
+    def names(self, config: ModelConfig) -> list[str]:
         """Published names, in layer order; one name where the weight is not stacked."""
         if not self.stacked:
             return [self.name]
         return [self.name.format(l=layer) for layer in range(_sizes(self.path, config)["L"])]
 
-    def shape(self, config: Config) -> tuple[int, ...]:
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape on our side, with the leading L where layers are stacked."""
         sizes = _sizes(self.path, config)
         return (sizes["L"],) * self.stacked + _shape(self.ours, sizes)
 
-    def published_shape(self, config: Config) -> tuple[int, ...]:
+    def published_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of each published tensor."""
         return _shape(self.theirs, _sizes(self.path, config))
 
-    def to_ours(self, tensor, config: Config):
+    def to_ours(self, tensor, config: ModelConfig):
         """A published tensor (NumPy or JAX) in our axis order, without L. NumPy gives a view wherever one exists."""
         return _relayout(tensor, self.theirs, self.ours, _sizes(self.path, config))
 
-    def to_published(self, tensor, config: Config):
+    def to_published(self, tensor, config: ModelConfig):
         """The inverse of `to_ours`: one layer of our weight in the published axis order."""
         return _relayout(tensor, self.ours, self.theirs, _sizes(self.path, config))
 
@@ -97,22 +97,22 @@ TABLE = (
 _RENAMED = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
-def weights(config: Config) -> list[Weight]:
+def weights(config: ModelConfig) -> list[Weight]:
     """The rows that a model of this shape has: all of them, less the language model's head where it is tied."""
     return [weight for weight in TABLE if weight.path != "text.lm_head" or not config.text.tie_word_embeddings]
 
 
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Our path -> our shape (layers stacked) of every weight."""
     return {weight.path: weight.shape(config) for weight in weights(config)}
 
 
-def published_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every tensor of the checkpoint, in the order in which an export writes them."""
     return {name: weight.published_shape(config) for weight, _, name in published(config)}
 
 
-def published(config: Config) -> Iterator[tuple[Weight, int, str]]:
+def published(config: ModelConfig) -> Iterator[tuple[Weight, int, str]]:
     """(row, layer, published name) of every tensor, layer by layer as the published checkpoints order them.
 
     The layer is 0 for a weight that is not stacked.
@@ -138,7 +138,7 @@ def normalise(name: str) -> str:
     return name
 
 
-def _sizes(path: str, config: Config) -> dict[str, int]:
+def _sizes(path: str, config: ModelConfig) -> dict[str, int]:
     """Axis letter -> size, for the tower that the path belongs to."""
     text, vision = config.text, config.vision
     if path.startswith("text."):

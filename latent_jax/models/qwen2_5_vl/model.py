@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from latent_jax.models.qwen2_5_vl.config import Config
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.text import TextDecoder
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.ops import partition
@@ -20,7 +20,7 @@ class Qwen2_5_VL(nnx.Module):
       dtype: of the weights; a loaded checkpoint replaces them.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.vision = VisionTower(config.vision, rngs, dtype)
         self.text = TextDecoder(config.text, rngs, dtype)
@@ -62,7 +62,7 @@ class Qwen2_5_VL(nnx.Module):
         return jnp.einsum("...D,VD->...V", hidden, self.text.head, preferred_element_type=jnp.float32)
 
 
-def encode(vision: VisionTower, config: Config, batch: dict[str, Array], *, image_patches: int, **options):
+def encode(vision: VisionTower, config: ModelConfig, batch: dict[str, Array], *, image_patches: int, **options):
     """`Qwen2_5_VL.encode` with the vision tower alone."""
     G, P, _ = batch["patches"].shape
     if not P:  # a batch without room for images: the tower is not run at all
