@@ -4,6 +4,14 @@
 """
 
 import sys as _sys
+import typing as _typing
+from collections.abc import Sequence as _Sequence
+from pathlib import Path as _Path
+
+if _typing.TYPE_CHECKING:
+    from latent_jax.inference.vlm import VLM as _VLM
+else:  # jax and transformers only when a model is asked for
+    _VLM = _typing.Any
 
 __version__ = "0.1.0"
 
@@ -14,8 +22,8 @@ if _sys.argv[:1] == ["-m"] and any(word.startswith("latent_jax.") for word in _s
     _begin()
 
 
-def load(path="", dtype=None, devices=None):
+def load(path: str | _Path = "", dtype: str | None = None, devices: _Sequence[_typing.Any] | None = None) -> _VLM:
     """Loads an HF directory, a hub id, a workdir, or "" for the embedded model: see latent_jax.inference.vlm.load."""
-    from latent_jax.inference.vlm import load  # jax and transformers only when a model is asked for
+    from latent_jax.inference.vlm import load
 
     return load(path, dtype, devices)

@@ -20,6 +20,7 @@ import importlib
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 from latent_jax.errors import UserError
 from latent_jax.runtime.command import Parser, command
@@ -116,7 +117,7 @@ def measure_parity(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _table(comparison) -> list[str]:
+def _table(comparison: Any) -> list[str]:
     """Fixed-width lines: what is compared, a line a layer, the greedy tokens."""
     judged = comparison.dtype == "bfloat16"
     lines = [f"{comparison.dtype}, prompt '{comparison.prompt}': ours against torch"]

@@ -6,17 +6,19 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from latent_jax.benchmarks import VERSION, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate
-from latent_jax.benchmarks.rows import Item, Row, conversation
+from latent_jax.benchmarks.items import Item, ScoredItem, conversation
+from latent_jax.config.evaluation import Evaluation
 from latent_jax.data import sources
 from latent_jax.errors import Stopped, UserError, one_line
 from latent_jax.evaluation import answering, begun, predictions
-from latent_jax.evaluation.predictions import PREDICTIONS, RESULTS, Protocol
+from latent_jax.evaluation.predictions import PREDICTIONS, RESULTS, Scoring
 from latent_jax.runtime import files, lock, preemption, provenance
 from latent_jax.runtime.progress import Progress
 
@@ -39,7 +41,7 @@ class Backend:
     vlm: Any = None
 
 
-def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] | None" = None) -> dict:
+def run(config: Evaluation, directory: str | Path, open_backend: Callable[[Evaluation], Backend] | None = None) -> dict:
     """Evaluates what the config describes and leaves predictions.jsonl and results.json in `directory`.
 
     Resumes what lies there: no question is asked or scored twice. open_backend: config -> Backend; None = ours.
@@ -50,9 +52,11 @@ def run(config, directory: str | Path, open_backend: "Callable[[Any], Backend] |
         return _run(config, Path(directory), open_backend, settled)
 
 
-def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
+def _run(
+    config: Evaluation, directory: Path, open_backend: Callable[[Evaluation], Backend] | None, settled: list[str]
+) -> dict:
     benchmark = importlib.import_module(f"latent_jax.benchmarks.{config.benchmark}")
-    protocol = Protocol(benchmark, config.evaluate.scorer, config.evaluate.prompt)
+    scoring = Scoring(benchmark, config.evaluate.scorer, config.evaluate.prompt)
 
     # ------------------------------------------------------------ which questions
     data = open_data(config, benchmark)
@@ -60,7 +64,7 @@ def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
     extras = read_choices(config, benchmark, items)
     everything, items = items, items[: config.evaluate.examples or None]
     kept, told = begun.read(config, directory)
-    rows = predictions.resume(directory / PREDICTIONS, items, protocol)
+    rows = predictions.resume(directory / PREDICTIONS, items, scoring)
     left = [item for item in items if item.id not in rows]
     tokens = config.evaluate.max_new_tokens or answering.most_tokens(benchmark, config.evaluate.scorer)
     now = {"max_new_tokens": tokens, "data": sources.fingerprint(data.name, data.path, data.split)}
@@ -81,6 +85,7 @@ def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
             progress.say(note)
 
         # -------------------------------------------------------- asked of what
+        backend = None
         if left or settings is None:
             backend = (open_backend or load_ours)(config)
             answering.check_unchanged(config.model.path, before)
@@ -89,15 +94,16 @@ def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
 
         # -------------------------------------------------------- what it replied
         started = time.monotonic()
-        if left:
+        if left and backend:
             show = functools.partial(
-                conversations, source=data.source, protocol=protocol, imagine=config.evaluate.imagine
+                conversations, source=data.source, scoring=scoring, imagine=bool(config.evaluate.imagine)
             )
-            send = lambda items: backend.answer(show(items), tokens)  # noqa: E731
+            answer = backend.answer
+            send = lambda items: answer(show(items), tokens)  # noqa: E731
             if config.evaluate.latents != "own":
                 send = _interventions().sender(config, backend.vlm, everything, show, tokens)
-            with predictions.Writer(directory / PREDICTIONS, protocol) as writer:
-                for batch in ask(left, send, protocol, config.evaluate.batch_size):
+            with predictions.Writer(directory / PREDICTIONS, scoring) as writer:
+                for batch in ask(left, send, scoring, config.evaluate.batch_size):
                     answering.too_many(config, where, [*rows.values(), *batch], len(skipped), len(items) + len(skipped))
                     writer.write(batch)
                     rows |= {row.item.id: row for row in batch}
@@ -117,15 +123,15 @@ def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
             progress.say(f"{len(left):,} questions in {seconds:.1f} s: {speed:.2f} items/s, without loading the model")
 
     # ------------------------------------------------------------ how that scores
-    rows = [rows[item.id] for item in items]
-    scored = [row for row in rows if row.correct is not None]
+    whole = [rows[item.id] for item in items]
+    scored = [row for row in whole if row.correct is not None]
     report = benchmark.report(scored, config.evaluate.scorer, config.seed, **extras) if scored else {}
-    found = results(config, benchmark, data, settings, rows, report, skipped, tokens)
+    found = results(config, benchmark, data, settings, whole, report, skipped, tokens)
     found |= {"weights": weights, "predictions": predictions.digest(directory / PREDICTIONS)}
     found["throughput"] = _throughput(directory, len(left), seconds)
     found = predictions.sealed(found)
     if hasattr(benchmark, "submission"):
-        name, content = benchmark.submission(rows)
+        name, content = benchmark.submission(whole)
         files.write_text(directory / name, json.dumps(content) + "\n")
     files.write_text(directory / RESULTS, json.dumps(found, indent=2) + "\n")
     print("\n".join(table(found, directory)))
@@ -133,7 +139,7 @@ def _run(config, directory: Path, open_backend, settled: list[str]) -> dict:
         progress.say(line)
     if config.evaluate.interventions:
         vlm, interventions = (open_backend or load_ours)(config).vlm, _interventions()
-        shown = conversations(interventions.spread(items), data.source, protocol, True)
+        shown = conversations(interventions.spread(items), data.source, scoring, True)
         latents = interventions.geometry(vlm, shown)
         interventions.run(config, directory, latents, functools.partial(run, open_backend=open_backend))
     return found
@@ -152,7 +158,7 @@ class Asked:
     source: Sequence[dict]
 
 
-def open_data(config, benchmark) -> Asked:
+def open_data(config: Evaluation, benchmark: ModuleType) -> Asked:
     """The benchmark's own dataset, or of the embedded world; the split that is usually evaluated, if none is named."""
     path, name = config.data.path, config.data.name
     name = name or (config.benchmark if path or not benchmark.EMBEDDED else benchmark.EMBEDDED)
@@ -166,7 +172,7 @@ def open_data(config, benchmark) -> Asked:
     return Asked(name, path, split, sources.open_source(name, path, split))
 
 
-def read_items(data: Asked, benchmark, config) -> tuple[list[Item], list[str]]:
+def read_items(data: Asked, benchmark: ModuleType, config: Evaluation) -> tuple[list[Item], list[str]]:
     """The questions in the files' order, and a line for each one that cannot be asked.
 
     Raises UserError where the share of these is above `config.data.max_bad`.
@@ -204,7 +210,7 @@ def read_items(data: Asked, benchmark, config) -> tuple[list[Item], list[str]]:
     return items, skipped
 
 
-def read_choices(config, benchmark, items: Sequence[Item]) -> dict:
+def read_choices(config: Evaluation, benchmark: ModuleType, items: Sequence[Item]) -> dict:
     """{"choices": content} of the choices file, {} without one."""
     path = config.evaluate.choices
     if not path:
@@ -219,7 +225,9 @@ def read_choices(config, benchmark, items: Sequence[Item]) -> dict:
     return {"choices": content}
 
 
-def notes(config, benchmark, data: Asked, items, skipped, done: int) -> Iterator[str]:
+def notes(
+    config: Evaluation, benchmark: ModuleType, data: Asked, items: Sequence[Item], skipped: Sequence[str], done: int
+) -> Iterator[str]:
     """What is worth saying before the first question."""
     yield f"{config.benchmark}: {len(items):,} questions of {data.name} {data.split}, scorer {config.evaluate.scorer}"
     for line in skipped[:_TOLD]:
@@ -239,7 +247,7 @@ def notes(config, benchmark, data: Asked, items, skipped, done: int) -> Iterator
 # ---------------------------------------------------------------- replies
 
 
-def load_ours(config) -> Backend:
+def load_ours(config: Evaluation) -> Backend:
     """The model of `config.model.path` behind the facade, with the config's pixel limits."""
     vlm = _load(config.model.path, None if config.model.dtype == "auto" else config.model.dtype)
     if config.evaluate.imagine and not vlm.thinks:
@@ -254,14 +262,14 @@ def load_ours(config) -> Backend:
         "max_pixels": processor.image.max_pixels,
     }
 
-    def answer(conversations, tokens):
+    def answer(conversations: Sequence[list[dict]], tokens: int) -> list[str]:
         return vlm.generate(conversations, tokens, seed=config.seed)
 
     return Backend(answer, settings, vlm)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str, dtype: str | None):
+def _load(path: str, dtype: str | None) -> Any:
     """Kept, since an evaluation with interventions asks the same model many times."""
     import jax
 
@@ -274,29 +282,30 @@ def _load(path: str, dtype: str | None):
     return latent_jax.load(path, dtype=dtype)
 
 
-def _interventions():
+def _interventions() -> ModuleType:
     """Only where they are asked for: they need numpy's and the geometry's modules, which no backend does."""
     return importlib.import_module("latent_jax.analysis.interventions")
 
 
-def ask(items: Sequence[Item], send: Callable, protocol: Protocol, batch_size: int):
+def ask(items: Sequence[Item], send: answering.Send, scoring: Scoring, batch_size: int) -> Iterator[list[ScoredItem]]:
     """Batches of judged rows, in order. send: items -> their replies."""
     remaining = iter(items)
     while batch := list(itertools.islice(remaining, batch_size)):
-        yield answering.each(batch, send, protocol)
+        yield answering.each(batch, send, scoring)
 
 
-def conversations(items: Sequence[Item], source, protocol: Protocol, imagine: bool) -> list[list[dict]]:
+def conversations(items: Sequence[Item], source: Sequence[dict], scoring: Scoring, imagine: bool) -> list[list[dict]]:
     """What is sent for every item."""
-    found, images = [], (-1, [])
+    found, record = [], -1
+    images: list[bytes] = []
     for item in items:
-        if images[0] != item.record:  # questions about one image follow each other
-            images = item.record, source[item.record]["images"]
-        found.append(conversation(protocol.prompt(item), images[1], imagine))
+        if record != item.record:  # questions about one image follow each other
+            record, images = item.record, source[item.record]["images"]
+        found.append(conversation(scoring.prompt(item), images, imagine))
     return found
 
 
-def _summary(rows: dict[str, Row], before: int, started: float) -> dict:
+def _summary(rows: dict[str, ScoredItem], before: int, started: float) -> dict:
     judged = [row.correct for row in rows.values() if row.correct is not None]
     correct = {"correct": 100 * sum(judged) / len(judged)} if judged else {}
     return {"items_per_second": (len(rows) - before) / max(1e-9, time.monotonic() - started), **correct}
@@ -305,7 +314,16 @@ def _summary(rows: dict[str, Row], before: int, started: float) -> dict:
 # ---------------------------------------------------------------- scores
 
 
-def results(config, benchmark, data: Asked, settings, rows, report: dict[str, Estimate], skipped, tokens) -> dict:
+def results(
+    config: Evaluation,
+    benchmark: ModuleType,
+    data: Asked,
+    settings: Mapping[str, Any],
+    rows: Sequence[ScoredItem],
+    report: Mapping[str, Estimate],
+    skipped: Sequence[str],
+    tokens: int,
+) -> dict:
     """What results.json holds, but for the throughput."""
     scorer = config.evaluate.scorer
     unasked = [f"question {row.item.id}: {row.skipped}" for row in rows if row.skipped]

@@ -62,7 +62,7 @@ def main() -> None:
     # Only now: a typo is answered at once, not after jax has started its backend.
     job, hosts = (importlib.import_module(f"latent_jax.{name}") for name in (config.job, "runtime.hosts"))
     # An evaluation is one host's work and has no such section.
-    with hosts.joined(config.hosts) if hasattr(config, "hosts") else contextlib.nullcontext():
+    with hosts.joined(config.hosts) if isinstance(config, Config) else contextlib.nullcontext():
         summary = job.run(config, workdir)
         if stopped := getattr(summary, "stopped", 0):
             raise Stopped(stopped)

@@ -50,7 +50,7 @@ def prepare(flags: argparse.Namespace) -> None:
     print(f"next: {_next(flags)}", file=sys.stderr)
 
 
-def _next(flags):
+def _next(flags: argparse.Namespace) -> str:
     """The command that uses what was prepared."""
     if flags.dataset in ("coco_captions", "conceptual_captions", "laion"):
         what = f"--config=configs/pretrain.py --config.data.name={flags.dataset}"

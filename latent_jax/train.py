@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -12,11 +13,12 @@ from clu import parameter_overview
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
 from latent_jax.config import schema
-from latent_jax.config.training import PRESETS, mixture, profiled
+from latent_jax.config.training import PRESETS, Config, mixture, profiled
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import files, hosts, lock, preemption, provenance, sharding, tracing
 from latent_jax.runtime.checkpoints import Checkpoints
@@ -44,7 +46,7 @@ class Summary:
     report: dict[str, float]
 
 
-def run(config, directory: str | Path) -> Summary:
+def run(config: Config, directory: str | Path) -> Summary:
     """Trains what the config describes and leaves everything in `directory`; resumes what lies there already.
 
     Raises UserError for bad input. SIGTERM and SIGINT, once steps are running, save a checkpoint and return; after the
@@ -59,7 +61,7 @@ def run(config, directory: str | Path) -> Summary:
         return _run(config, Path(directory), opened)
 
 
-def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
+def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     method = methods.find(config.method)
     check_begun(config, directory)
 
@@ -84,7 +86,7 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
     held_out = validation.open_records(config) if config.evaluate.every else []
     if config.data.latent_cache:
         encoder = target_cache.Encoder(config, method, processor, model_config, origin, mesh)
-        data = encoder.beside(data, say=_teller(config))
+        data = list(encoder.beside(data, say=_teller(config)))
     config, batch_shape, notes = settle(config, directory, method, processor, model_config, data, mesh, origin)
     notes += lacking
     batches = pipeline.make_dataset(
@@ -153,24 +155,25 @@ def _run(config, directory: Path, opened: contextlib.ExitStack) -> Summary:
 # ---------------------------------------------------------------- data
 
 
-def open_data(config, split: str) -> list[tuple[pipeline.Source, float]]:
+def open_data(config: Config, split: str) -> list[tuple[pipeline.Source, float]]:
     """The sources of `config.data.name` with their sampling weights, each cut down to `config.data.share`."""
+    found: list[tuple[Sequence[dict], float]]
     found = [(sources.open_source(name, config.data.path, split), w) for name, w in mixture(config.data.name)]
     if config.data.holdout:  # of the first source, which is the one that is reported on
         (source, weight), *others = found
         found = [(sources.hold_out(source, config.data.holdout, config.seed)[0], weight), *others]
     if config.data.share == 1:
-        return found
+        return list(found)
     return [(sources.share(source, config.data.share, config.seed), weight) for source, weight in found]
 
 
-def comparable(config) -> dict[str, str]:
+def comparable(config: Config) -> dict[str, str]:
     """What must be the same on every host, as text: every setting but who is who, and the versions."""
     settings = {f"config.{key}": repr(value) for key, (value, _, _) in schema.leaves(config).items()}
     return {k: v for k, v in settings.items() if not k.startswith("config.hosts.")} | provenance.versions()
 
 
-def _teller(config):
+def _teller(config: Config) -> Callable[[str], None]:
     """Says a line on standard error where the config asks for progress."""
     shown = config.log.progress and jax.process_index() == 0
     return lambda line: print(line, file=sys.stderr, flush=True) if shown else None
@@ -179,13 +182,13 @@ def _teller(config):
 # ---------------------------------------------------------------- state
 
 
-def _shape_file(config, origin: Path) -> Path:
+def _shape_file(config: Config, origin: Path) -> Path:
     """Where the model's shape stands: a preset for random weights, else the checkpoint's own config.json."""
     named = config.model.init == "random" and config.model.preset
     return PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
 
 
-def keep_origin(config, origin: Path, directory: Path) -> None:
+def keep_origin(config: Config, origin: Path, directory: Path) -> None:
     """Keeps in a new workdir what its exports need of the checkpoint it starts from; of a preset, its shape."""
     kept = directory / workdir.ORIGIN
     if hosts.primary() and kept.exists():
@@ -196,14 +199,20 @@ def keep_origin(config, origin: Path, directory: Path) -> None:
     hosts.sync("the first host has kept the origin")
 
 
-def stored_dtypes(config, origin: Path, model_config) -> dict[str, np.dtype]:
+def stored_dtypes(config: Config, origin: Path, model_config: ModelConfig) -> dict[str, np.dtype]:
     """Our path -> dtype in the checkpoint; nothing for random weights."""
     if config.model.init == "random":
         return {}
     return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
 
 
-def fit(state: TrainState, setup: Setup, data, processor: Processor, batch_shape: packing.BatchShape) -> TrainState:
+def fit(
+    state: TrainState,
+    setup: Setup,
+    data: Sequence[tuple[pipeline.Source, float]],
+    processor: Processor,
+    batch_shape: packing.BatchShape,
+) -> TrainState:
     """Lets the method measure on the first records what it needs before step one (latent statistics)."""
     statistics, config = setup.method.statistics, setup.config
     if not statistics:

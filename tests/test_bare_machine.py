@@ -33,10 +33,10 @@ for missing in ("grain", "transformers", "torch", "PIL", "tensorflow_datasets", 
     raise SystemExit(f"{missing} is there")
 
 import jax, jax.numpy as jnp, numpy as np
-from latent_jax import optimizer, state
+from latent_jax.training import optimizer, state
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import sharding
-from latent_jax.step import make_step
+from latent_jax.training.step import make_step
 
 method = importlib.import_module(f"latent_jax.methods.{method_name}").METHOD
 sections = {name: kind() for name, kind in method.sections.items()}

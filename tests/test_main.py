@@ -11,6 +11,7 @@ import pytest
 from latent_jax import main, methods
 from latent_jax.config import schema
 from latent_jax.config.fields import option
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 
@@ -20,8 +21,13 @@ class Loss:
     weight: float = option(1.0, "weight", low=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class StandInConfig(Config):
+    loss: Loss = Loss()
+
+
 CONFIG = """
-from latent_jax.config import default
+from latent_jax.config.schema import default
 from latent_jax.errors import UserError
 
 def get_config(variant=""):
@@ -39,7 +45,7 @@ def get_config(variant=""):
 def file(tmp_path, monkeypatch):
     module = types.ModuleType("latent_jax.methods.stand_in")
     nothing = lambda *_: None  # noqa: E731
-    module.METHOD = Method({"loss": Loss}, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
+    module.METHOD = Method(StandInConfig, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     # config_flags loads every config file under this one name, on top of what the last one left there.
     monkeypatch.delitem(sys.modules, "config_config", raising=False)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from latent_jax.analysis.geometry import pairwise_cosine
-from latent_jax.benchmarks.rows import Item
+from latent_jax.benchmarks.items import Item
 from latent_jax.config.evaluation import LATENTS
 from latent_jax.errors import UserError
 from latent_jax.evaluation.paired import compare

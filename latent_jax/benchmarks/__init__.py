@@ -15,9 +15,9 @@ A benchmark module (gqa, scienceqa, blink, vstar, mmvp, vsp) declares
     answer(question)                    the right answer in the parser's form, None where it is hidden
     parse(reply, question, scorer)      the answer that the reply gives, None where it gives none
     correct(parsed, question, scorer)   is it right?
-    report(rows, scorer, seed)          {metric: Estimate} of `Row`s, in the official order
+    report(scored, scorer, seed)          {metric: Estimate} of `ScoredItem`s, in the official order
 
-and may declare `submission(rows)`: (file name, content) in the form that the official evaluation takes; and
+and may declare `submission(scored)`: (file name, content) in the form that the official evaluation takes; and
 `check_choices(content, questions)`, a ValueError where a choices file is of other questions: `report` then takes it.
 """
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 
 from latent_jax.benchmarks import letters, lmms_eval
-from latent_jax.benchmarks.estimates import Estimate, average, mean
-from latent_jax.benchmarks.rows import Row, field, texts
+from latent_jax.benchmarks.estimates import Estimate, average, mean, present
+from latent_jax.benchmarks.items import ScoredItem, field, texts
 
 SCORERS = ("official", "lmms_eval")
 ORIGINAL = "BLINK_Benchmark 2d6a779"
@@ -102,21 +102,19 @@ def correct(parsed: str | None, question: dict, scorer: str) -> bool:
     return parsed == question["answer"]
 
 
-def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimate]:
-    found = {}
-    for task in TASKS:
-        if its := [row for row in rows if row.item.question["sub_task"] == task]:
-            found[task] = _mean(its)
-    return {**found, "macro": average(list(found.values())), "micro": _mean(rows)}
+def report(scored: Sequence[ScoredItem], scorer: str, seed: int = 0) -> dict[str, Estimate]:
+    tasks = {task: [one for one in scored if one.item.question["sub_task"] == task] for task in TASKS}
+    found = present({task: _mean(its) for task, its in tasks.items()})
+    return present({**found, "macro": average(list(found.values())), "micro": _mean(scored)})
 
 
-def submission(rows: Sequence[Row]) -> tuple[str, dict]:
+def submission(scored: Sequence[ScoredItem]) -> tuple[str, dict]:
     """The leaderboard's form, which scores the test split."""
-    return "blink_predictions.json", {row.item.id: row.parsed or "" for row in rows}
+    return "blink_predictions.json", {one.item.id: one.parsed or "" for one in scored}
 
 
-def _mean(rows: Sequence[Row]) -> Estimate:
-    return mean([row.correct for row in rows], [row.item.cluster for row in rows])
+def _mean(scored: Sequence[ScoredItem]) -> Estimate | None:
+    return mean([one.right for one in scored], [one.item.cluster for one in scored])
 
 
 def _names(choices: Sequence[str]) -> list[str]:

@@ -30,12 +30,12 @@ class Estimate:
 
 def mean(values: Iterable[int | bool | Fraction], clusters: Iterable[str]) -> Estimate | None:
     """The mean of values in [0, 1]; None of nothing."""
-    values = [Fraction(value) for value in values]
-    n = len(values)
+    exact = [Fraction(value) for value in values]
+    n = len(exact)
     if not n:
         return None
-    share = sum(values) / n
-    effective = _effective(values, list(clusters), float(share))
+    share = sum(exact, Fraction(0)) / n
+    effective = _effective(exact, list(clusters), float(share))
     spread = float(share * (1 - share)) / effective + Z**2 / (4 * effective**2)
     return Estimate(100 * share, 100 * Z / (1 + Z**2 / effective) * math.sqrt(spread), n)
 
@@ -57,7 +57,8 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     """The unweighted average of independent metrics (a macro average)."""
     count = len(estimates)
     half_width = math.sqrt(sum(estimate.half_width**2 for estimate in estimates)) / count
-    return Estimate(sum(estimate.value for estimate in estimates) / count, half_width, sum(e.n for e in estimates))
+    value = sum((estimate.value for estimate in estimates), Fraction(0)) / count
+    return Estimate(value, half_width, sum(e.n for e in estimates))
 
 
 def bootstrap(

@@ -8,13 +8,13 @@ better. `lmms_eval`: equality without case and punctuation.
 
 import string
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from latent_jax.benchmarks.estimates import Estimate, bootstrap, mean, present
-from latent_jax.benchmarks.rows import Row, field, texts
+from latent_jax.benchmarks.items import ScoredItem, field, texts
 
 SCORERS = ("official", "lmms_eval")
 ORIGINAL = "GQA eval.py, replies as in LLaVA c121f04"
@@ -69,27 +69,27 @@ def correct(parsed: str | None, question: dict, scorer: str) -> bool:
 
 
 def report(
-    rows: Sequence[Row], scorer: str, seed: int = 0, choices: Mapping[str, dict] | None = None
+    scored: Sequence[ScoredItem], scorer: str, seed: int = 0, choices: Mapping[str, dict] | None = None
 ) -> dict[str, Estimate]:
     """choices: content of the split's *_choices.json, question id -> {"valid": [...], "plausible": [...]}.
 
     Without it, what the questions themselves hold as `choices`: the builder puts it there.
     """
-    balanced = [row for row in rows if row.item.question["isBalanced"]]
+    balanced = [one for one in scored if one.item.question["isBalanced"]]
     groups = {
         "accuracy": balanced,
-        "binary": [row for row in balanced if row.item.question["types"]["structural"] != "query"],
-        "open": [row for row in balanced if row.item.question["types"]["structural"] == "query"],
+        "binary": [one for one in balanced if one.item.question["types"]["structural"] != "query"],
+        "open": [one for one in balanced if one.item.question["types"]["structural"] == "query"],
     }
-    found = {name: mean([row.correct for row in its], _clusters(its)) for name, its in groups.items()}
+    found = {name: mean([one.right for one in its], _clusters(its)) for name, its in groups.items()}
     if scorer != "official":
         return present(found)
-    found |= {"consistency": _consistency(rows, balanced), "distribution": _distribution(balanced, seed)}
-    if choices is None and all("choices" in row.item.question for row in balanced):
-        choices = {row.item.id: row.item.question["choices"] for row in balanced}
+    found |= {"consistency": _consistency(scored, balanced), "distribution": _distribution(balanced, seed)}
+    if choices is None and all("choices" in one.item.question for one in balanced):
+        choices = {one.item.id: one.item.question["choices"] for one in balanced}
     if choices is not None:
         for name, kind in (("validity", "valid"), ("plausibility", "plausible")):
-            found[name] = mean([_belongs(row, choices, kind) for row in balanced], _clusters(balanced))
+            found[name] = mean([_belongs(one, choices, kind) for one in balanced], _clusters(balanced))
     return present(found)
 
 
@@ -101,66 +101,67 @@ def check_choices(choices: object, questions: Mapping[str, dict]) -> None:
             raise ValueError(f'choices has no {{"valid": [...], "plausible": [...]}} of question {name}')
 
 
-def submission(rows: Sequence[Row]) -> tuple[str, list[dict]]:
+def submission(scored: Sequence[ScoredItem]) -> tuple[str, list[dict]]:
     """The file that eval.py and the leaderboard take."""
-    return "gqa_predictions.json", [{"questionId": row.item.id, "prediction": row.parsed or ""} for row in rows]
+    return "gqa_predictions.json", [{"questionId": one.item.id, "prediction": one.parsed or ""} for one in scored]
 
 
-def _clusters(rows: Sequence[Row]) -> list[str]:
-    return [row.item.cluster for row in rows]
+def _clusters(scored: Sequence[ScoredItem]) -> list[str]:
+    return [one.item.cluster for one in scored]
 
 
-def _consistency(rows: Sequence[Row], balanced: Sequence[Row]) -> Estimate | None:
+def _consistency(scored: Sequence[ScoredItem], balanced: Sequence[ScoredItem]) -> Estimate | None:
     """How often the questions that a rightly answered one entails are answered rightly too."""
-    right = {row.item.id: row.correct for row in rows}
+    right = {one.item.id: one.right for one in scored}
     values, clusters = [], []
-    for row in balanced:
-        others = [name for name in row.item.question["entailed"] if name != row.item.id and name in right]
-        if row.correct and others:
+    for one in balanced:
+        others = [name for name in one.item.question["entailed"] if name != one.item.id and name in right]
+        if one.right and others:
             values.append(Fraction(sum(right[name] for name in others), len(others)))
-            clusters.append(row.item.cluster)
+            clusters.append(one.item.cluster)
     return mean(values, clusters)
 
 
-def _belongs(row: Row, choices: Mapping[str, dict], kind: str) -> bool:
+def _belongs(one: ScoredItem, choices: Mapping[str, dict], kind: str) -> bool:
     # What two things have in common is asked of attributes, of which the choices file names only the values.
-    common = "Common" in row.item.question["types"].get("detailed", "")
-    return row.parsed in (("color", "material", "shape") if common else choices[row.item.id][kind])
+    common = "Common" in one.item.question["types"].get("detailed", "")
+    return one.parsed in (("color", "material", "shape") if common else choices[one.item.id][kind])
 
 
-def _distribution(rows: Sequence[Row], seed: int) -> Estimate | None:
+def _distribution(scored: Sequence[ScoredItem], seed: int) -> Estimate | None:
     """Chi-square of the replies against the answers, over the answers that occur in each global group."""
-    grouped = [row for row in rows if row.item.question["groups"]["global"] is not None]
+    grouped = [one for one in scored if one.item.question["groups"]["global"] is not None]
     if not grouped:
         return None
-    gold, said = defaultdict(Counter), defaultdict(Counter)
-    for row in grouped:
-        group = row.item.question["groups"]["global"]
-        gold[group][row.item.question["answer"]] += 1
-        said[group][row.parsed] += 1
-    total = sum(
-        sum(Fraction((said[group][one] - count) ** 2, count) for one, count in counts.items()) * counts.total()
-        for group, counts in gold.items()
-    )
+    gold: dict[str, Counter[str]] = defaultdict(Counter)
+    said: dict[str, Counter[str | None]] = defaultdict(Counter)
+    for one in grouped:
+        group = one.item.question["groups"]["global"]
+        gold[group][one.item.question["answer"]] += 1
+        said[group][one.parsed] += 1
+    total = Fraction(0)
+    for group, counts in gold.items():
+        terms = (Fraction((said[group][reply] - count) ** 2, count) for reply, count in counts.items())
+        total += sum(terms, Fraction(0)) * counts.total()
     value = total / len(grouped) / 100
     return bootstrap(value, len(grouped), *_resampled(grouped), seed)
 
 
-def _resampled(rows: Sequence[Row]):
+def _resampled(scored: Sequence[ScoredItem]) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
     """(statistic, number of clusters) for `bootstrap`: the same chi-square from counts by cluster."""
-    cells: dict[tuple[str, str], int] = {}
-    for row in rows:
-        cells.setdefault((row.item.question["groups"]["global"], row.item.question["answer"]), len(cells))
+    cells: dict[tuple[str, str | None], int] = {}
+    for one in scored:
+        cells.setdefault((one.item.question["groups"]["global"], one.item.question["answer"]), len(cells))
     groups = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in cells))}
     member = np.zeros((len(cells), len(groups)))
     member[list(cells.values()), [groups[group] for group, _ in cells]] = 1
-    places = {name: number for number, name in enumerate(dict.fromkeys(_clusters(rows)))}
+    places = {name: number for number, name in enumerate(dict.fromkeys(_clusters(scored)))}
     gold, said = np.zeros((2, len(places), len(cells)))
-    for row in rows:
-        place, group = places[row.item.cluster], row.item.question["groups"]["global"]
-        gold[place, cells[group, row.item.question["answer"]]] += 1
-        if (group, row.parsed) in cells:
-            said[place, cells[group, row.parsed]] += 1
+    for one in scored:
+        place, group = places[one.item.cluster], one.item.question["groups"]["global"]
+        gold[place, cells[group, one.item.question["answer"]]] += 1
+        if (group, one.parsed) in cells:
+            said[place, cells[group, one.parsed]] += 1
 
     def statistic(drawn: np.ndarray) -> np.ndarray:
         expected, observed = drawn @ gold, drawn @ said

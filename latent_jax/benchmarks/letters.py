@@ -49,7 +49,8 @@ def leading(reply: str, choices: Sequence[str]) -> int | None:
     place = _place(first, len(choices))
     if place is None or _says(text[first.end() :], choices[place]):
         return place
-    second = _FIRST.match(text, _JOINED.match(text, first.end()).end())
+    joined = _JOINED.match(text, first.end())  # which always matches, if only nothing
+    second = _FIRST.match(text, joined.end() if joined else first.end())
     return place if second is None or _place(second, len(choices)) in (None, place) else None
 
 
@@ -86,7 +87,7 @@ def _worded(text: str, choices: Sequence[str]) -> int | None:
     """'A red ball' is choice A where that is 'red ball' or 'A red ball'; else its A is an article."""
     match = _WORD.match(text)
     place = _place(match, len(choices)) if match else None
-    if place is None:
+    if match is None or place is None:
         return None
     whole = choices[place].strip()
     return place if _says(text[1:], whole) or (whole.startswith(match[0]) and _says(text, whole)) else None
@@ -97,7 +98,7 @@ def _repeated(text: str, choices: Sequence[str], places: Sequence[int]) -> int |
     choice stands behind it."""
     place = max(places, key=lambda place: len(choices[place].strip()))
     own = choices[place].strip()
-    if not own.casefold().startswith(f"{letter(place).casefold()} "):
+    if not own.casefold().startswith(f"{ALPHABET[place].casefold()} "):
         first = _FIRST.match(text)  # 'B is closer' as the words of choice A names neither
         return None if first and _place(first, len(choices)) not in (None, place) else _worded(text, choices)
     rest = text[len(own) :]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from latent_jax.benchmarks import letters, lmms_eval
 from latent_jax.benchmarks.estimates import Estimate, mean, present
-from latent_jax.benchmarks.rows import Row, field
+from latent_jax.benchmarks.items import ScoredItem, field
 
 SCORERS = ("official", "lmms_eval")
 ORIGINAL = "MMVP 7635005 (a language model judges there; letters here)"
@@ -73,13 +73,13 @@ def correct(parsed: str | None, question: dict, scorer: str) -> bool:
     return parsed == question["answer"]
 
 
-def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimate]:
+def report(scored: Sequence[ScoredItem], scorer: str, seed: int = 0) -> dict[str, Estimate]:
     """`pairs` leaves out a pair of which only one question was asked."""
     pairs: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        pairs[row.item.cluster].append(row.correct)
+    for one in scored:
+        pairs[one.item.cluster].append(one.right)
     whole = {name: all(both) for name, both in pairs.items() if len(both) == 2}
-    questions = mean([row.correct for row in rows], [row.item.cluster for row in rows])
+    questions = mean([one.right for one in scored], [one.item.cluster for one in scored])
     return present({"questions": questions, "pairs": mean(whole.values(), whole.keys())})
 
 

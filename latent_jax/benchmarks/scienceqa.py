@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from latent_jax.benchmarks.estimates import Estimate, mean, present
+from latent_jax.benchmarks.items import ScoredItem, field, texts
 from latent_jax.benchmarks.letters import ALPHABET, MOST, offered
-from latent_jax.benchmarks.rows import Row, field, texts
 
 SCORERS = ("official", "lmms_eval")
 ORIGINAL = "ScienceQA 360b71c, replies as in LLaVA c121f04"
@@ -73,23 +73,23 @@ def correct(parsed: str | None, question: dict, scorer: str) -> bool:
     return parsed == answer(question)
 
 
-def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimate]:
+def report(scored: Sequence[ScoredItem], scorer: str, seed: int = 0) -> dict[str, Estimate]:
     """NAT SOC LAN (subject), TXT IMG NO (hint, image, neither), G1-6 G7-12 and their overall average."""
     groups = {
-        **{name: [row for row in rows if row.item.question["subject"] == full] for name, full in SUBJECTS.items()},
-        "TXT": [row for row in rows if row.item.question["hint"]],
-        "IMG": [row for row in rows if row.item.images],
-        "NO": [row for row in rows if not row.item.images and not row.item.question["hint"]],
-        "G1-6": [row for row in rows if row.item.question["grade"] in YOUNG],
-        "G7-12": [row for row in rows if row.item.question["grade"] in OLD],
-        "Avg": rows,
+        **{name: [one for one in scored if one.item.question["subject"] == full] for name, full in SUBJECTS.items()},
+        "TXT": [one for one in scored if one.item.question["hint"]],
+        "IMG": [one for one in scored if one.item.images],
+        "NO": [one for one in scored if not one.item.images and not one.item.question["hint"]],
+        "G1-6": [one for one in scored if one.item.question["grade"] in YOUNG],
+        "G7-12": [one for one in scored if one.item.question["grade"] in OLD],
+        "Avg": scored,
     }
     return present(
-        {name: mean([row.correct for row in its], [row.item.cluster for row in its]) for name, its in groups.items()}
+        {name: mean([one.right for one in its], [one.item.cluster for one in its]) for name, its in groups.items()}
     )
 
 
-def submission(rows: Sequence[Row]) -> tuple[str, dict]:
+def submission(scored: Sequence[ScoredItem]) -> tuple[str, dict]:
     """The official evaluation's results file; -1 where the reply names no choice."""
-    places = {row.item.id: ALPHABET.index(row.parsed) if row.parsed else -1 for row in rows}
+    places = {one.item.id: ALPHABET.index(one.parsed) if one.parsed else -1 for one in scored}
     return "scienceqa_results.json", {"results": places}

@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 
 from latent_jax.benchmarks.estimates import Estimate, mean, present
-from latent_jax.benchmarks.rows import PLACE, Row, field, texts
+from latent_jax.benchmarks.items import PLACE, ScoredItem, field, texts
 
 SCORERS = ("official",)
 ORIGINAL = "Visual-Spatial-Planning 6d74d7b"
 SPLITS = ("test", "validation")
 EMBEDDED = "scenes_vsp"
-PUBLISHED = {}
+PUBLISHED: dict[str, int] = {}
 MAX_NEW_TOKENS = 2048  # the official code sets no limit, and its prompt wants the map and every step spelled out
 MOST_MOVES = 100  # FrozenLake-v1's limit
 INSTRUCTION = (
@@ -76,7 +76,7 @@ def parse(reply: str, question: dict, scorer: str) -> str | None:
         reply = boxed[-1] if boxed else ""
     if not reply.strip():
         return None
-    moves = []
+    moves: list[str] = []
     for part in reply.split(","):
         move = part.translate(_IGNORED).strip()
         if move not in STEPS:
@@ -110,7 +110,7 @@ def walk(parsed: str | None, board: Sequence[str]) -> dict[str, bool]:
     return {"success": False, "legal": bool(moves), "strict": False}
 
 
-def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimate]:
-    walks = [walk(row.parsed, row.item.question["map"]) for row in rows]
-    clusters = [row.item.cluster for row in rows]
+def report(scored: Sequence[ScoredItem], scorer: str, seed: int = 0) -> dict[str, Estimate]:
+    walks = [walk(one.parsed, one.item.question["map"]) for one in scored]
+    clusters = [one.item.cluster for one in scored]
     return present({name: mean([each[name] for each in walks], clusters) for name in ("success", "legal", "strict")})

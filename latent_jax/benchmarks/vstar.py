@@ -8,8 +8,8 @@ two the letter that the reply announces ("The answer is B"). lmms-eval goes on t
 from collections.abc import Sequence
 
 from latent_jax.benchmarks import letters, lmms_eval
-from latent_jax.benchmarks.estimates import Estimate, mean
-from latent_jax.benchmarks.rows import Row, field, texts
+from latent_jax.benchmarks.estimates import Estimate, mean, present
+from latent_jax.benchmarks.items import ScoredItem, field, texts
 
 SCORERS = ("official", "lmms_eval")
 ORIGINAL = "vstar 4ede664 (likelihoods there; letters here)"
@@ -69,11 +69,9 @@ def correct(parsed: str | None, question: dict, scorer: str) -> bool:
     return parsed == question["answer"]
 
 
-def report(rows: Sequence[Row], scorer: str, seed: int = 0) -> dict[str, Estimate]:
-    groups = {name: [row for row in rows if row.item.question["category"] == name] for name in CATEGORIES}
-    groups["overall"] = list(rows)
-    return {
-        name: mean([row.correct for row in its], [row.item.cluster for row in its])
-        for name, its in groups.items()
-        if its
-    }
+def report(scored: Sequence[ScoredItem], scorer: str, seed: int = 0) -> dict[str, Estimate]:
+    groups = {name: [one for one in scored if one.item.question["category"] == name] for name in CATEGORIES}
+    groups["overall"] = list(scored)
+    return present(
+        {name: mean([one.right for one in its], [one.item.cluster for one in its]) for name, its in groups.items()}
+    )

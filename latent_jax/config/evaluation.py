@@ -106,4 +106,4 @@ def check(config: Evaluation) -> None:
         )
     if config.evaluate.interventions and not imagine:
         raise UserError("config.evaluate.interventions: got true; it takes config.evaluate.imagine=true")
-    check_pixels(config.data)
+    check_pixels(config.data.min_pixels, config.data.max_pixels)

@@ -14,14 +14,29 @@ import reprlib
 import struct
 import types
 import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from latent_jax.errors import UserError
 
+T = TypeVar("T")
+Annotation = Any  # int, tuple[int, ...], float | None: a type, or what typing makes of several
+Limits = Mapping[str, Any]  # the metadata of an option
+
 
 def option(
-    default, doc: str, *, choices=None, low=None, high=None, above=None, below=None, ascending=False, resumable=False
-):
-    """A dataclass field with its documentation and its limits.
+    default: T,
+    doc: str,
+    *,
+    choices: Sequence[object] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    ascending: bool = False,
+    resumable: bool = False,
+) -> T:
+    """A dataclass field with its documentation and its limits; to a type checker its default.
 
     Args:
       default: the value where nothing is said; must itself be allowed.
@@ -34,23 +49,28 @@ def option(
         which the same numbers are added.
     """
     limits = dict(doc=doc, choices=choices, low=low, high=high, above=above, below=below)
-    return dataclasses.field(default=default, metadata={**limits, "ascending": ascending, "resumable": resumable})
+    made: Any = dataclasses.field(default=default, metadata={**limits, "ascending": ascending, "resumable": resumable})
+    return made
+
+
+def annotations(section: type) -> dict[str, Any]:
+    """Field name -> annotation with strings resolved."""
+    return _annotations(section)
 
 
 @functools.cache
-def annotations(section: type) -> dict[str, object]:
-    """Field name -> annotation with strings resolved."""
+def _annotations(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
-def expected(annotation, limits) -> str:
+def expected(annotation: Annotation, limits: Limits) -> str:
     """What a field takes, as words: 'an integer >= 1', 'one of cosine, l2'."""
     if limits.get("choices"):
         return "one of " + ", ".join(str(choice) or "''" for choice in limits["choices"])
     return _named(annotation) + _range(limits)
 
 
-def check(key: str, value, annotation, limits):
+def check(key: str, value: object, annotation: Annotation, limits: Limits) -> Any:
     """Returns `value` in the annotated type (an int becomes a float, a list a tuple).
 
     Raises UserError naming `key`, the value and what was expected.
@@ -71,13 +91,13 @@ def check(key: str, value, annotation, limits):
     return fitted
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A value as a message shows it, cut short: a wrong one may be as long as its file."""
     text = reprlib.repr(value) if isinstance(value, dict | list | tuple) and len(value) > 20 else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def read(kind: type, name: str, source: dict, *keys: str, default=None, inside: str = ""):
+def read(kind: type, name: str, source: Mapping[str, Any], *keys: str, default: object = None, inside: str = "") -> Any:
     """A field of the dataclass `kind` out of a JSON object, checked as the field is declared (type and range).
 
     The first of `keys` (the field's name by default) that is not null counts; `inside` goes before a key in messages.
@@ -88,11 +108,11 @@ def read(kind: type, name: str, source: dict, *keys: str, default=None, inside: 
     if key is None and default is None:
         raise UserError(f"key '{inside}{keys[0]}' is missing")
     value = default if key is None else source[key]
-    limits = kind.__dataclass_fields__[name].metadata
+    limits = next(field for field in dataclasses.fields(kind) if field.name == name).metadata
     return check(f"{inside}{key or keys[0]}", value, annotations(kind)[name], limits)
 
 
-def parse(key: str, text: str, annotation, limits):
+def parse(key: str, text: str, annotation: Annotation, limits: Limits) -> Any:
     """Reads a command line's text as the annotated type, then checks it as `check` does.
 
     Booleans are true/false/1/0, tuples `1,2` or `(1, 2)`, a string stands for itself.
@@ -100,12 +120,12 @@ def parse(key: str, text: str, annotation, limits):
     return check(key, _read(text, annotation), annotation, limits)
 
 
-def unknown(key: str, name: str, known) -> UserError:
+def unknown(key: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest that does."""
     return UserError(f"{key}: no such key{_suggest(name, known) or '; known: ' + ', '.join(sorted(known))}")
 
 
-def _suggest(name: str, known) -> str:
+def _suggest(name: str, known: Iterable[object]) -> str:
     near = difflib.get_close_matches(name, [str(one) for one in known], n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -118,14 +138,14 @@ _NO = _No()
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # float32's normal numbers
 
 
-def _parts(annotation) -> tuple:
+def _parts(annotation: Annotation) -> tuple[Annotation, ...]:
     """The members of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return typing.get_args(annotation)
     return (annotation,)
 
 
-def _fit(value, annotation):
+def _fit(value: object, annotation: Annotation) -> Any:
     for part in _parts(annotation):
         fitted = _fit_one(value, part)
         if fitted is not _NO:
@@ -133,7 +153,7 @@ def _fit(value, annotation):
     return _NO
 
 
-def _fit_one(value, annotation):
+def _fit_one(value: object, annotation: Annotation) -> Any:
     if annotation is types.NoneType:
         return None if value is None else _NO
     if typing.get_origin(annotation) is tuple:
@@ -149,7 +169,7 @@ def _fit_one(value, annotation):
     return value if type(value) is annotation else _NO
 
 
-def _fit_tuple(value, members):
+def _fit_tuple(value: object, members: tuple[Annotation, ...]) -> Any:
     if not isinstance(value, (tuple, list)):
         return _NO
     if len(members) == 2 and members[1] is Ellipsis:
@@ -160,7 +180,7 @@ def _fit_tuple(value, members):
     return _NO if any(one is _NO for one in fitted) else fitted
 
 
-def _inside(value, limits) -> bool:
+def _inside(value: object, limits: Limits) -> bool:
     if isinstance(value, tuple):
         return all(_inside(one, limits) for one in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -172,7 +192,7 @@ def _inside(value, limits) -> bool:
     return (high is None or value <= high) and (below is None or _float32(value) < below)
 
 
-def _not_float32(value) -> float | None:
+def _not_float32(value: object) -> float | None:
     """The first float in `value` that float32 would make infinite, or (subnormal ones too, on a CPU) zero."""
     if isinstance(value, tuple):
         return next((odd for one in value if (odd := _not_float32(one)) is not None), None)
@@ -186,7 +206,7 @@ def _float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def _named(annotation) -> str:
+def _named(annotation: Annotation) -> str:
     if typing.get_origin(annotation) is tuple:
         members = typing.get_args(annotation)
         if len(members) == 2 and members[1] is Ellipsis:
@@ -199,7 +219,7 @@ def _named(annotation) -> str:
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "none"}
 
 
-def _range(limits) -> str:
+def _range(limits: Limits) -> str:
     low, high, above, below = (limits.get(name) for name in ("low", "high", "above", "below"))
     if low is not None and high is not None:
         return f" in {low}..{high}"
@@ -208,7 +228,7 @@ def _range(limits) -> str:
     return (" " + " and ".join(bounds)) if bounds else ""
 
 
-def _read(text: str, annotation):
+def _read(text: str, annotation: Annotation) -> Any:
     parts = _parts(annotation)
     if bool in parts and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")

@@ -2,23 +2,25 @@
 
 Every run is described by one frozen, hashable `Config`. Config files build it with `default` and plain assignments on a
 `ml_collections.ConfigDict`; `override` applies the command line's `--config.a.b=value`; `resolve` checks everything and
-freezes it. `Config` is a training run's (training.py), to which a method adds the sections that it declares; an
-evaluation has one of its own (evaluation.py).
+freezes it. A training run's class is its method's, which extends `Config` (training.py) with sections of its own; an
+evaluation's is `Evaluation` (evaluation.py).
 """
 
 import dataclasses
 import functools
+import inspect
 import json
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from latent_jax import methods
 from latent_jax.config import evaluation, fields, training
 from latent_jax.config.evaluation import Evaluation
-from latent_jax.config.training import Config
+from latent_jax.config.training import Config, sections
 from latent_jax.errors import UserError
 from latent_jax.runtime import files, provenance
 
@@ -28,15 +30,30 @@ RESERVED = ("versions", "git_commit", "measured", "checksum")
 
 @functools.cache
 def schema(method: str) -> type[Config]:
-    """The config class of a method: the common fields and the sections that it declares.
+    """The config class of a method.
 
-    Raises UserError for a method that does not exist.
+    Raises UserError for a method that does not exist, and ValueError where its `config` is not a config class.
     """
-    declared = methods.find(method).sections
-    if taken := {*RESERVED, *Config.__dataclass_fields__} & set(declared):
-        raise ValueError(f"method {method!r}: sections {sorted(taken)} are taken by the common config")
-    sections = [(key, kind, dataclasses.field(default=kind())) for key, kind in declared.items()]
-    return dataclasses.make_dataclass("Config", sections, bases=(Config,), frozen=True)
+    kind = methods.find(method).config
+    if problem := _no_config(kind):
+        raise ValueError(f"method {method!r}: {problem}")
+    return kind
+
+
+def _no_config(kind: object) -> str:
+    """Why an object cannot be the config class of a method; '' where it can."""
+    if not isinstance(kind, type) or not issubclass(kind, Config):
+        return f"config is {kind!r}, expected a frozen dataclass that extends config.training.Config"
+    for owner in kind.__mro__[: kind.__mro__.index(Config)]:
+        own = inspect.get_annotations(owner)
+        if own and "__dataclass_fields__" not in vars(owner):  # its sections would be left out without a word
+            return f"{owner.__name__} is not a dataclass, expected @dataclasses.dataclass(frozen=True) before it"
+        if taken := {*RESERVED, *Config.__dataclass_fields__} & set(own):
+            return f"sections {sorted(taken)} are taken by the common config"
+    for name, section in sections(kind).items():
+        if not dataclasses.is_dataclass(section):
+            return f"{name} is {fields.shown(section)}, expected a section: a frozen dataclass of options"
+    return ""
 
 
 def default(method: str = "pretrain") -> ml_collections.ConfigDict:
@@ -58,7 +75,8 @@ def override(config: ml_collections.ConfigDict, overrides: Iterable[tuple[str, s
         name = f"config.{key}"
         if key in ("method", "job") and text != (fixed := config.get(key)):
             raise UserError(f"{name}: a config file fixes its {key} ({fixed!r}); choose the file of {text!r}")
-        owner, node, parts = _schema(config), config, key.split(".")
+        owner: type = _schema(config)
+        node, parts = config, key.split(".")
         for depth, part in enumerate(parts):
             declared = {field.name: field for field in dataclasses.fields(owner)}
             if part not in declared:
@@ -87,12 +105,15 @@ def resolve(config: Mapping | ml_collections.ConfigDict) -> Config | Evaluation:
     fault.
     """
     config = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    frozen = _build(_schema(config), config, "config")
-    (evaluation if isinstance(frozen, Evaluation) else training).check(frozen)
+    frozen: Config | Evaluation = _build(_schema(config), config, "config")
+    if isinstance(frozen, Evaluation):
+        evaluation.check(frozen)
+    else:
+        training.check(frozen)
     return frozen
 
 
-def to_dict(config) -> dict:
+def to_dict(config: Any) -> dict[str, Any]:
     """A resolved config, or a section, as nested plain dicts."""
     return {
         field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else value
@@ -100,9 +121,9 @@ def to_dict(config) -> dict:
     }
 
 
-def leaves(config) -> dict[str, tuple[object, dataclasses.Field, object]]:
+def leaves(config: Any) -> dict[str, tuple[Any, dataclasses.Field, fields.Annotation]]:
     """Dotted key -> (value, field, annotation) of every setting, in the schema's order."""
-    found = {}
+    found: dict[str, tuple[Any, dataclasses.Field, fields.Annotation]] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -112,7 +133,7 @@ def leaves(config) -> dict[str, tuple[object, dataclasses.Field, object]]:
     return found
 
 
-def describe(config) -> str:
+def describe(config: Config | Evaluation) -> str:
     """One line a setting: its key, its value, what it takes and what it means."""
     lines = []
     for key, (value, field, annotation) in leaves(config).items():
@@ -141,6 +162,14 @@ def read(path: Path) -> tuple[Config | Evaluation, dict]:
         return resolve({key: value for key, value in found.items() if key not in RESERVED}), measured
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
+
+
+def read_run(path: Path) -> tuple[Config, dict]:
+    """As `read`, of a training run. Raises UserError where the config is that of another job."""
+    config, measured = read(path)
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: is the config of the job {config.job!r}, expected that of a training run")
+    return config, measured
 
 
 def read_all(path: Path) -> dict:
@@ -176,7 +205,9 @@ def check_resume(old: Config | Evaluation, new: Config | Evaluation) -> list[str
         raise UserError(
             f"this workdir was begun with another config: {', '.join(told)}; use the old values or a new --workdir"
         )
-    if "train.steps" in differ and (stretched := _shares_of_the_run(after)):
+    if isinstance(old, Evaluation) or isinstance(new, Evaluation) or old.train.steps == new.train.steps:
+        return []
+    if stretched := _shares_of_the_run(after):
         return [
             f"train.steps changes from {old.train.steps} to {new.train.steps}: {' and '.join(stretched)} "
             f"{'is' if len(stretched) == 1 else 'are'} stretched to it, so that numbers may jump where the run resumes"
@@ -191,11 +222,11 @@ def _shares_of_the_run(found: dict) -> list[str]:
     return shares + [key for key, (value, _, _) in found.items() if key.endswith("_schedule") and value]
 
 
-def _value(found: dict, key: str):
+def _value(found: dict, key: str) -> Any:
     return found[key][0] if key in found else None
 
 
-def _schema(config: Mapping | ml_collections.ConfigDict) -> type:
+def _schema(config: Mapping | ml_collections.ConfigDict) -> type[Config] | type[Evaluation]:
     """The config class of the job, and of a training run's method."""
     if config.get("job", Config.job) == Evaluation.job:
         return Evaluation
@@ -209,7 +240,7 @@ def _method(config: Mapping | ml_collections.ConfigDict) -> str:
     return method
 
 
-def _build(owner: type, values, where: str):
+def _build(owner: type, values: object, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: got {values!r}, expected a section with {', '.join(fields.annotations(owner))}")
     declared = {field.name: field for field in dataclasses.fields(owner)}
@@ -221,7 +252,7 @@ def _build(owner: type, values, where: str):
         key, annotation = f"{where}.{name}", fields.annotations(owner)[name]
         if name not in values:
             continue
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             built[name] = _build(annotation, values[name], key)
         else:
             built[name] = fields.check(key, values[name], annotation, field.metadata)

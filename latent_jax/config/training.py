@@ -171,7 +171,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The fields that every training run has; `config.schema` adds the method's sections."""
+    """The fields that every training run has. A method's config extends it with sections of its own."""
 
     job: str = option("train", "what to do", choices=("train",))
     method: str = option("pretrain", "a module of latent_jax/methods, or one of your own: my_package.my_method")
@@ -186,7 +186,14 @@ class Config:
     log: Log = Log()
 
 
-def named_sizes(data) -> dict[str, int]:
+def sections(kind: type[Config]) -> dict[str, type]:
+    """Name -> class of the sections by which a method's config extends `Config`, in the order of their declaration."""
+    own = (field.name for field in dataclasses.fields(kind) if field.name not in Config.__dataclass_fields__)
+    known = fields.annotations(kind)
+    return {name: known[name] for name in own}
+
+
+def named_sizes(data: Data) -> dict[str, int]:
     """The sizes of a batch that a config names; 0 where it leaves them to the data."""
     return {name: getattr(data, name) for name in ("rows", "tokens", "patches", "image_patches")}
 
@@ -229,7 +236,7 @@ def check(config: Config) -> None:
             f"config.train.accumulate: got {train.accumulate}, expected a divisor of "
             f"config.train.batch_size = {train.batch_size}"
         )
-    check_pixels(data)
+    check_pixels(data.min_pixels, data.max_pixels)
     if model.lora_rank and model.trainable == "all":
         raise UserError(
             f"config.model.lora_rank: got {model.lora_rank} with config.model.trainable=all; adapters leave the "
@@ -279,10 +286,7 @@ def check_hosts(hosts: Hosts) -> None:
         )
 
 
-def check_pixels(data) -> None:
-    """Of any section with `min_pixels` and `max_pixels`."""
-    if data.max_pixels and data.min_pixels > data.max_pixels:
-        raise UserError(
-            f"config.data.min_pixels: got {data.min_pixels}, expected at most "
-            f"config.data.max_pixels = {data.max_pixels}"
-        )
+def check_pixels(least: int, most: int) -> None:
+    """Raises UserError where the least number of pixels of an image is above the most; 0: no limit."""
+    if most and least > most:
+        raise UserError(f"config.data.min_pixels: got {least}, expected at most config.data.max_pixels = {most}")

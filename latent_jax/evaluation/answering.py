@@ -5,11 +5,15 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from latent_jax.benchmarks.rows import Item, Row, check_text
+from latent_jax.benchmarks.items import Item, ScoredItem, check_text
 from latent_jax.config import evaluation
+from latent_jax.config.evaluation import Evaluation
 from latent_jax.errors import UserError, one_line
+from latent_jax.evaluation.predictions import Scoring
 
+Send = Callable[[Sequence[Item]], Sequence[str]]  # questions -> the replies to them, in their order
 _PIECE = 8 * 2**20
 # Of a checkpoint what no answer depends on; of a model folder what is no part of the model.
 _UNREAD = ("opt_state", "iterator", "extra", "README.md", "LICENSE")
@@ -64,7 +68,7 @@ def check_unchanged(path: str, before: dict[str, tuple] | None) -> None:
     )
 
 
-def settled(config, directory: Path, stock: bool):
+def settled(config: Evaluation, directory: Path, stock: bool) -> tuple[Evaluation, list[str]]:
     """(the config with `evaluate.imagine` decided where it is left open, lines worth saying).
 
     As the evaluation in `directory` was begun, else as the checkpoint's method was made; False for a `stock` model of
@@ -74,7 +78,8 @@ def settled(config, directory: Path, stock: bool):
     from latent_jax.config import schema
     from latent_jax.training.workdir import CONFIG
 
-    path, imagine, notes = config.model.path, config.evaluate.imagine, []
+    path, imagine = config.model.path, config.evaluate.imagine
+    notes: list[str] = []
     if imagine is None and (directory / CONFIG).exists():
         imagine = getattr(getattr(schema.read(directory / CONFIG)[0], "evaluate", None), "imagine", None)
     if stock or imagine is False:
@@ -97,8 +102,9 @@ def _as_made(path: str) -> tuple[bool, list[str]]:
     name = thinking(path)
     if name is None:  # a hub's model with a head: its settings tell, and it is downloaded anyway
         name = thinking(str(hf_io.resolve(path)))
-    if not name or methods.find(name).think.answers:
-        return bool(name), []
+    think = methods.find(name).think if name else None
+    if think is None or think.answers:
+        return think is not None, []
     return False, [
         f"no latents are asked for: the method {name} was not made to answer over them; "
         "--config.evaluate.imagine=true asks"
@@ -124,7 +130,7 @@ def thinking(path: str) -> str | None:
     workdir, step = named_step(path) if path else (path, None)
     folder = Path(path or TINY_VL)
     if path and (step is not None or is_workdir(path)):
-        name = schema.read(Path(workdir) / CONFIG)[0].method
+        name = schema.read_run(Path(workdir) / CONFIG)[0].method
     elif folder.is_dir():
         file = folder / hf_io.LATENT_CONFIG
         if not file.is_file() and not (folder / hf_io.LATENT_WEIGHTS).is_file():
@@ -184,7 +190,7 @@ def _read_files(path: str) -> tuple[Path, int | None, list[Path]]:
     return Path(root), step, sorted(file for file in files if file.name not in _UNREAD)
 
 
-def too_many(config, name: str, rows: Sequence[Row], skipped: int, count: int) -> None:
+def too_many(config: Evaluation, name: str, rows: Sequence[ScoredItem], skipped: int, count: int) -> None:
     """Raises UserError where more questions cannot be asked than `config.data.max_bad` allows."""
     bad = [row for row in rows if row.skipped]
     if bad and len(bad) + skipped > config.data.max_bad * count:
@@ -194,25 +200,25 @@ def too_many(config, name: str, rows: Sequence[Row], skipped: int, count: int) -
         )
 
 
-def most_tokens(benchmark, scorer: str) -> int:
+def most_tokens(benchmark: ModuleType, scorer: str) -> int:
     """The longest reply that the benchmark's original allows."""
     limits = benchmark.MAX_NEW_TOKENS
     return limits[scorer] if isinstance(limits, dict) else limits
 
 
-def each(batch: Sequence[Item], send: Callable, protocol) -> list[Row]:
+def each(batch: Sequence[Item], send: Send, scoring: Scoring) -> list[ScoredItem]:
     """Judged rows of a batch. A question that cannot be sent is a skipped row and no other question's trouble.
 
     send: items -> their replies.
     """
-    texts = {item.id: _unsendable(item, protocol) for item in batch}
+    texts = {item.id: _unsendable(item, scoring) for item in batch}
     good = [item for item in batch if not texts[item.id]]
-    rows = {item.id: protocol.skip(item, why) for item in batch if (why := texts[item.id])}
-    rows |= _asked(good, send, protocol)
+    rows = {item.id: scoring.skip(item, why) for item in batch if (why := texts[item.id])}
+    rows |= _asked(good, send, scoring)
     return [rows[item.id] for item in batch]
 
 
-def _asked(items: Sequence[Item], send: Callable, protocol) -> dict[str, Row]:
+def _asked(items: Sequence[Item], send: Send, scoring: Scoring) -> dict[str, ScoredItem]:
     """Where a batch fails, each half is asked: what fails alone is the question's fault."""
     if not items:
         return {}
@@ -224,17 +230,17 @@ def _asked(items: Sequence[Item], send: Callable, protocol) -> dict[str, Row]:
         if isinstance(problem, OSError) and problem.errno is not None:
             raise  # a disk that fails; what PIL says of an image has no number
         if len(items) == 1:
-            return {items[0].id: protocol.skip(items[0], one_line(problem)[:300] or type(problem).__name__)}
+            return {items[0].id: scoring.skip(items[0], one_line(problem)[:300] or type(problem).__name__)}
         half = len(items) // 2
-        return _asked(items[:half], send, protocol) | _asked(items[half:], send, protocol)
+        return _asked(items[:half], send, scoring) | _asked(items[half:], send, scoring)
     if len(replies) != len(items):
         raise ValueError(f"{len(replies)} replies to {len(items)} conversations")
-    return {item.id: protocol.judge(item, reply) for item, reply in zip(items, replies, strict=True)}
+    return {item.id: scoring.judge(item, reply) for item, reply in zip(items, replies, strict=True)}
 
 
-def _unsendable(item: Item, protocol) -> str:
+def _unsendable(item: Item, scoring: Scoring) -> str:
     try:
-        check_text(protocol.prompt(item))
+        check_text(scoring.prompt(item))
     except ValueError as problem:
         return str(problem)
     return ""

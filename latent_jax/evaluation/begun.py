@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from latent_jax.config import schema
+from latent_jax.config.evaluation import Evaluation
 from latent_jax.errors import UserError
 from latent_jax.runtime import provenance
 from latent_jax.training.workdir import CONFIG
@@ -20,7 +21,7 @@ REPLACED = 2
 _EARLIER_TOKENS = {"blink": 64, "scienceqa": 16, "vsp": 128}
 
 
-def read(config, directory: Path) -> tuple[dict | None, list[str]]:
+def read(config: Evaluation, directory: Path) -> tuple[dict | None, list[str]]:
     """(what an earlier life of this workdir kept, lines worth saying); (None, []) for a new one.
 
     Raises UserError where the config would change what was replied.
@@ -42,7 +43,7 @@ def read(config, directory: Path) -> tuple[dict | None, list[str]]:
     return kept, [*notes, *provenance.changes(schema.read_all(file))]
 
 
-def check(config, directory: Path, kept: Mapping | None, now: Mapping, done: int, asks: bool) -> None:
+def check(config: Evaluation, directory: Path, kept: Mapping | None, now: Mapping, done: int, asks: bool) -> None:
     """Raises UserError where the replies that are there were given otherwise than those to come would be.
 
     kept: what `read` found. now: today's `max_new_tokens` and `data`. done: how many replies are there. asks: more will
@@ -75,7 +76,7 @@ def check(config, directory: Path, kept: Mapping | None, now: Mapping, done: int
         )
 
 
-def write(config, directory: Path, settings: Mapping, kept: Mapping | None, now: Mapping) -> None:
+def write(config: Evaluation, directory: Path, settings: Mapping, kept: Mapping | None, now: Mapping) -> None:
     """Keeps config, settings and `now` in config.json. Raises UserError where another backend began it."""
     for key, value in (kept["backend"] if kept else {}).items():
         if settings.get(key) != value:

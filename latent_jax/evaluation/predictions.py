@@ -7,8 +7,9 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from latent_jax.benchmarks.rows import Item, Row
+from latent_jax.benchmarks.items import Item, ScoredItem
 from latent_jax.config.fields import shown
 from latent_jax.errors import UserError
 from latent_jax.runtime import files
@@ -20,10 +21,11 @@ _KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "ski
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-    """A benchmark's module, the scorer that was chosen, and another prompt where one was: from question to Row."""
+class Scoring:
+    """How a question becomes a scored item: the benchmark's module, one of its scorers, and a prompt template ('' =
+    the scorer's own prompt)."""
 
-    benchmark: object
+    benchmark: ModuleType
     scorer: str
     template: str = ""
 
@@ -35,17 +37,18 @@ class Protocol:
         fill = {"{question}": item.question["question"], "{prompt}": own}
         return re.sub("|".join(map(re.escape, fill)), lambda match: fill[match[0]], self.template)
 
-    def judge(self, item: Item, reply: str) -> Row:
+    def judge(self, item: Item, reply: str) -> ScoredItem:
         parsed = self.benchmark.parse(reply, item.question, self.scorer)
         hidden = self.benchmark.answer(item.question) is None
-        return Row(item, reply, parsed, None if hidden else self.benchmark.correct(parsed, item.question, self.scorer))
+        correct = None if hidden else self.benchmark.correct(parsed, item.question, self.scorer)
+        return ScoredItem(item, reply, parsed, correct)
 
-    def skip(self, item: Item, why: str) -> Row:
+    def skip(self, item: Item, why: str) -> ScoredItem:
         """A question that could not be asked: wrong, where its answer is known."""
         hidden = self.benchmark.answer(item.question) is None
-        return Row(item, "", None, None if hidden else False, why)
+        return ScoredItem(item, "", None, None if hidden else False, why)
 
-    def line(self, row: Row) -> dict:
+    def line(self, row: ScoredItem) -> dict:
         return {
             "id": row.item.id,
             "prompt": self.prompt(row.item),
@@ -57,13 +60,13 @@ class Protocol:
             **({"skipped": row.skipped} if row.skipped else {}),
         }
 
-    def text(self, row: Row) -> str:
+    def text(self, row: ScoredItem) -> str:
         """A line of the file, with the checksum that tells a damaged one."""
         line = self.line(row)
         return json.dumps({**line, "sum": _sum(line)}) + "\n"
 
 
-def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, Row]:
+def resume(path: Path, items: Sequence[Item], scoring: Scoring) -> dict[str, ScoredItem]:
     """Question id -> what was replied in an earlier life; a last line that a kill tore is removed from the file.
 
     Raises UserError that names the line where it is not of this evaluation: a question that is not asked, one that
@@ -82,8 +85,8 @@ def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, R
         if item.id in rows:
             raise _second(where, item.id)
         why = found.get("skipped")
-        row = protocol.skip(item, why) if why else protocol.judge(item, found["reply"])
-        for key, now in protocol.line(row).items():
+        row = scoring.skip(item, why) if why else scoring.judge(item, found["reply"])
+        for key, now in scoring.line(row).items():
             if found.get(key) != now:
                 raise UserError(
                     f"{where}: question {item.id} has {key} {found.get(key)!r}, expected {now!r}: the benchmark's "
@@ -100,27 +103,27 @@ def resume(path: Path, items: Sequence[Item], protocol: Protocol) -> dict[str, R
 class Writer:
     """Appends rows to predictions.jsonl."""
 
-    def __init__(self, path: Path, protocol: Protocol):
-        self._path, self._protocol = path, protocol
+    def __init__(self, path: Path, scoring: Scoring) -> None:
+        self._path, self._scoring = path, scoring
         self._file = open(path, "a")  # noqa: SIM115 (held open for the run)
 
-    def __enter__(self):
+    def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         with files.naming(self._path):  # closing writes what a full disk refused before
             self._file.close()
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[ScoredItem]) -> None:
         """A batch: once this returns, a kill of the process loses none of it."""
         with files.naming(self._path):
-            self._file.writelines(map(self._protocol.text, rows))
+            self._file.writelines(map(self._scoring.text, rows))
             self._file.flush()
 
 
-def strange(found: dict, scored: Sequence[Row]) -> str:
+def strange(found: dict, scored: Sequence[ScoredItem]) -> str:
     """A line where the replies look like those of a model that never saw such a prompt; '' where they do not."""
-    right = sum(row.correct for row in scored)
+    right = sum(row.right for row in scored)
     if len(scored) < _ENOUGH or (right > 0.02 * len(scored) and found["unparsed"] < 0.9 * found["asked"]):
         return ""
     return (

@@ -3,22 +3,25 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
 from latent_jax.config.fields import check, shown
+from latent_jax.config.training import Config as RunConfig
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Image, Layout
 from latent_jax.errors import UserError
 from latent_jax.inference import decode, prompts
+from latent_jax.methods.contract import Batch
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
@@ -45,7 +48,7 @@ class VLM:
 
     model: LatentVLM
     processor: Processor
-    settings: Any
+    settings: RunConfig | None
     eos: tuple[int, ...]
     name: str
     copies: tuple[LatentVLM, ...] = ()  # of the model, on the devices that share a batch
@@ -90,11 +93,10 @@ class VLM:
 
         Raises UserError for a value out of range or a message that cannot be shown.
         """
-        options = dict(temperature=temperature, top_p=top_p, seed=seed, thoughts=thoughts)
-        return [
-            self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in self.generate_ids(conversations, max_new_tokens, **options)
-        ]
+        answers = self.generate_ids(
+            conversations, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, thoughts=thoughts
+        )
+        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
     def generate_ids(
         self,
@@ -140,7 +142,7 @@ class VLM:
         examples, given = self.prompts(conversations, thoughts, answers)
         return decode.scores(self.copies or (self.model,), examples, given)
 
-    def encode_image(self, image) -> np.ndarray:
+    def encode_image(self, image: Any) -> np.ndarray:
         """(visual tokens, hidden) float32: what the frozen encoder sees, in reading order."""
         example = self.processor.lay_out(Layout(images=(image,), trunk=(Image(0),)))
         rows = decode.one_per_row([example], self.config)
@@ -196,12 +198,12 @@ class VLM:
 
 
 @functools.partial(jax.jit, static_argnames="image_patches")
-def _encode(model: Qwen2_5_VL, batch, image_patches: int):
+def _encode(model: Qwen2_5_VL, batch: Batch, image_patches: int) -> Float[jax.Array, "G M D"]:
     return model.encode(batch, image_patches=image_patches)[0]
 
 
 @functools.partial(jax.jit, static_argnames="image_patches")
-def _hidden(model: Qwen2_5_VL, batch, given, image_patches: int):
+def _hidden(model: Qwen2_5_VL, batch: Batch, given: Any, image_patches: int) -> Float[jax.Array, "G B T D"]:
     return model.decode(decode.embed(model, batch, given, image_patches), batch)[0]
 
 
@@ -219,13 +221,15 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
         raise UserError(f"model: got {shown(path)}, expected a directory or a hub id")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise UserError(f"dtype: got {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-    wanted = DTYPES.get(dtype)
+    wanted = DTYPES[dtype] if dtype else None
     workdir, step = named_step(path) if path else (path, None)
+    settings: RunConfig | None = None
+    head: Mapping[str, np.ndarray | jax.Array] = {}
     if path and (step is not None or is_workdir(path)):
         run = Run.of(workdir)
         vlm, head = split(run.arrays(step))
         origin, settings = run.origin, run.config
-        head = latent_config.head(methods.find(settings.method), head)
+        head = latent_config.head(methods.find(run.config.method), head)
         # Workdirs of earlier versions keep the source's pixel limits beside the model, and the run's in its config.
         limits = run.config.data.min_pixels or None, run.config.data.max_pixels or None
         processor = Processor.from_directory(origin, *limits)
@@ -236,20 +240,20 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
         stated_eos(origin, from_json(origin / "config.json").text.vocab_size)
         processor = Processor.from_directory(origin)
         vlm = hf_io.load(origin, dtype=wanted)
-        head, settings = hf_export.load_latent(origin) or ({}, None)
-        settings = settings and latent_config.settings(settings, str(origin / hf_io.LATENT_CONFIG))
+        if saved := hf_export.load_latent(origin):
+            head, settings = saved[0], latent_config.settings(saved[1], str(origin / hf_io.LATENT_CONFIG))
     config = dataclasses.replace(
         from_json(origin / "config.json"), image_mean=processor.image.mean, image_std=processor.image.std
     )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
     made = latent_config.rebuild(head, settings, config, origin / hf_io.LATENT_WEIGHTS, wanted) if settings else None
-    model = LatentVLM(structure.build(vlm), made)
+    model = LatentVLM(cast(Qwen2_5_VL, structure.build(vlm)), made)
     copies = tuple(jax.device_put(model, device) for device in devices or ())
     eos = eos_ids(origin, processor.tokenizer, config.text.vocab_size)
     return VLM(model, processor, settings, eos, str(path or "tiny_vl"), copies, stated_positions(origin))
 
 
-def eos_ids(directory: Path, tokenizer, rows: int) -> tuple[int, ...]:
+def eos_ids(directory: Path, tokenizer: Any, rows: int) -> tuple[int, ...]:
     """Where generation stops: generation_config.json's eos_token_id, else config.json's, else the tokenizer's.
 
     Raises UserError where one is no id of an embedding of so many rows: no reply could end by it.

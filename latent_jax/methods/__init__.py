@@ -6,6 +6,7 @@ A module is a method where it has a `METHOD`; `find` looks in this package first
 import functools
 import importlib
 import pkgutil
+from types import ModuleType
 
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
@@ -33,7 +34,7 @@ def find(name: str) -> Method:
     )
 
 
-def _module(name: str):
+def _module(name: str) -> ModuleType | None:
     """None where there is no such module; what a module lacks in its turn is its own error."""
     try:
         return importlib.import_module(name)

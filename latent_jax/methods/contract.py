@@ -6,15 +6,22 @@ of the space that latents are predicted in.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from latent_jax.config.training import Config, sections
 from latent_jax.data.layout import Layout, Room
 
+if TYPE_CHECKING:
+    from latent_jax.data.chat import Processor as Processor
+else:  # it reads images: a training step, which imports this file, needs no PIL
+    Processor = Any
+
 Batch = dict[str, Array]
+HostBatch = Mapping[str, np.ndarray | Array]
 Record = dict[str, Any]
 Messages = Sequence[dict[str, Any]]  # a conversation in chat format
 Terms = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
@@ -31,7 +38,7 @@ class Statistics:
 
     examples: Callable[[Any], int]
     layout: Callable[[Record, int, Any, Any], Layout]
-    measure: Callable[[Any, Iterable[Batch], Any], dict[str, np.ndarray]]
+    measure: Callable[[Any, Iterable[HostBatch], Any], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class CachedTargets:
     made_from: Callable[[Any], dict]
     shape: Callable[[Any, Any], tuple[int, int]]
     layout: Callable[[Record, Any], Layout]
-    encode: Callable[[nnx.Module, Any, Batch, Any], Float[Array, "G E S Z"]]
+    encode: Callable[[Any, Any, Batch, Any], Float[Array, "G E S Z"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Think:
 class Method:
     """A training method.
 
-    sections: the config sections that it declares, name -> frozen dataclass of `fields.option`s.
+    config: its config: a frozen dataclass that extends `Config` with the sections that the method declares, each a
+      frozen dataclass of `fields.option`s.
     layout: (record, index in the data order, config, processor) -> what an example shows, a function of just these.
     coefficients: (config, fraction of the run) -> the weight of every term of the loss.
     weights: (batch, config) -> what every term's sum is divided by, from the batch alone: micro-steps and devices add
@@ -96,7 +104,7 @@ class Method:
     report: the module that reports on held-out data after the last step: `run`, `lacking`, and the FILES it writes.
     """
 
-    sections: Mapping[str, type]
+    config: type[Config]
     layout: Callable[[Record, int, Any, Any], Layout]
     coefficients: Callable[[Any, Float[Array, ""]], dict[str, Array]]
     weights: Callable[[Batch, Any], dict[str, Array]]
@@ -112,3 +120,8 @@ class Method:
     statistics: Statistics | None = None
     targets: CachedTargets | None = None
     report: str = ""
+
+    @property
+    def sections(self) -> dict[str, type]:
+        """Name -> class of the config sections that the method declares, in their order."""
+        return sections(self.config)

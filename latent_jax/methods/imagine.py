@@ -7,6 +7,7 @@ before decoding: a content part {"type": "imagine"} without text.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,31 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.data.layout import Layout, Room
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
-from latent_jax.methods.contract import Method, Statistics
+from latent_jax.methods.contract import Batch, HostBatch, Method, Processor, Record, Statistics, Terms
 from latent_jax.models.heads import LatentHead, LatentVLM
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 
 
-def layout(record: dict, index: int, config, processor) -> Layout:
+@dataclasses.dataclass(frozen=True)
+class ImagineConfig(sft.SftConfig):
+    """The config of a run."""
+
+    latent: pretrain.Latent = pretrain.Latent()
+
+
+def layout(record: Record, index: int, config: ImagineConfig, processor: Processor) -> Layout:
     """Questions about the image as views of it, slots after each question; image -> caption as it is in `sft`."""
     shown = sft.conversations(record, index, config, imagine=True)
     grid = pretrain.imagined_grid(config.latent)
     return pretrain.with_slots(processor.render_conversations(shown, imagined_grid=grid, key=record["key"]))
 
 
-def room(config) -> Room:
+def room(config: ImagineConfig) -> Room:
     """Latents for each of an example's questions; a target where a new head's statistics are measured."""
     return Room(slots=config.latent.grid**2 * config.chat.questions, targets=1)
 
 
-def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
+def build_head(model_config: ModelConfig, config: ImagineConfig, rngs: nnx.Rngs) -> LatentHead:
     """The latent head of pretraining; only its slots, its MLP and its statistics are used here."""
     if (config.latent.space, config.latent.readout) != ("merged", "slots"):
         raise UserError(
@@ -45,19 +54,19 @@ def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
     return LatentHead(config.latent.grid**2, model_config.text.hidden_size, target, width, rngs=rngs)
 
 
-def fit_layout(record: dict, index: int, config, processor) -> Layout:
+def fit_layout(record: Record, index: int, config: ImagineConfig, processor: Processor) -> Layout:
     """What `fit` measures where the head is new: every image as a target."""
     return pretrain.imagine_layout("", config.latent, tuple(record["images"][:1]), record["key"])
 
 
-def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
+def fit(model: LatentVLM, batches: Iterable[HostBatch], config: ImagineConfig) -> dict[str, np.ndarray]:
     """The statistics of a new head; one that was trained keeps those that it was trained with."""
     if np.any(model.head.mean[...]) or np.any(model.head.scale[...] != 1):
         return {}
-    return pretrain.fit(model, batches, config)
+    return pretrain.measure(model, batches, config.latent, config.data.image_patches)
 
 
-def loss(model: LatentVLM, batch: dict[str, Array], config):
+def loss(model: LatentVLM, batch: Batch, config: ImagineConfig) -> tuple[Terms, Terms]:
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
     options = dict(remat=config.model.remat, unroll=config.model.unroll)
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
@@ -83,7 +92,7 @@ def replace(
 
 
 METHOD = Method(
-    sections={"loss": sft.Loss, "chat": sft.Chat, "latent": pretrain.Latent},
+    config=ImagineConfig,
     layout=layout,
     coefficients=sft.coefficients,
     weights=sft.weights,
@@ -94,5 +103,5 @@ METHOD = Method(
     head_settings=pretrain.HEAD_SETTINGS,
     passes=lambda config: 2,
     think=dataclasses.replace(pretrain.THINK, answers=True),
-    statistics=Statistics(pretrain.statistics_examples, fit_layout, fit),
+    statistics=Statistics(lambda config: config.latent.statistics_examples, fit_layout, fit),
 )

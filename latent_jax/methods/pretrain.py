@@ -8,24 +8,39 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from latent_jax.config.fields import option
-from latent_jax.data.layout import Layout, Read, Room, Slots, Text
+from latent_jax.config.training import Config
+from latent_jax.data.layout import Layout, Part, Read, Room, Slots, Text
 from latent_jax.data.messages import imagine_parts
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
 from latent_jax.losses import alignment, next_token, similarity
 from latent_jax.losses.pooling import adaptive_pool
 from latent_jax.losses.schedule import piecewise
-from latent_jax.methods.contract import CachedTargets, Method, Statistics, Think
+from latent_jax.methods.contract import (
+    Batch,
+    CachedTargets,
+    HostBatch,
+    Messages,
+    Method,
+    Processor,
+    Record,
+    Statistics,
+    Terms,
+    Think,
+)
 from latent_jax.models.heads import LatentHead, LatentVLM
-from latent_jax.models.qwen2_5_vl.model import encode
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL, encode
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 
 READOUTS = ("slots", "last_token", "mean_text")
@@ -73,6 +88,14 @@ class Latent:
     captions: str = option("random", "which of an image's captions an example takes", choices=("random", "first"))
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(Config):
+    """The config of a run."""
+
+    loss: Loss = Loss()
+    latent: Latent = Latent()
+
+
 HEAD_SETTINGS = ("latent.grid", "latent.space", "latent.readout")  # what decides what a head predicts and reads
 TERMS = ("next_token", "similarity", "alignment")
 
@@ -80,7 +103,7 @@ TERMS = ("next_token", "similarity", "alignment")
 # ---------------------------------------------------------------- host half
 
 
-def layout(record: dict, index: int, config, processor) -> Layout:
+def layout(record: Record, index: int, config: PretrainConfig, processor: Processor) -> Layout:
     """Caption -> slots, or, for the replay share, image -> caption. Deterministic in (record, index, config)."""
     captions = _captions(record)
     choice = 0
@@ -91,7 +114,7 @@ def layout(record: dict, index: int, config, processor) -> Layout:
     return target_layout(captions[choice], record, config.latent)
 
 
-def _captions(record: dict) -> list[str]:
+def _captions(record: Record) -> list[str]:
     """Raises UserError where the record has none."""
     if not record["captions"]:
         raise UserError(
@@ -106,7 +129,7 @@ def _replayed(count: int, share: float) -> int:
     return math.floor(count * share + 1e-6)  # 22 * (15 / 22) is a little less than 15
 
 
-def imagine_layout(caption: str, latent: Latent, images: tuple = (), key: str = "") -> Layout:
+def imagine_layout(caption: str, latent: Latent, images: tuple[bytes, ...] = (), key: str = "") -> Layout:
     """The sequence whose slots predict an image's latents; no image token enters the language model."""
     ends = {
         "slots": (Slots((latent.grid, latent.grid)),),
@@ -117,7 +140,7 @@ def imagine_layout(caption: str, latent: Latent, images: tuple = (), key: str = 
     return Layout(images=images, trunk=trunk, targets=(0,) if images else (), key=key)
 
 
-def target_layout(caption: str, record: dict, latent: Latent) -> Layout:
+def target_layout(caption: str, record: Record, latent: Latent) -> Layout:
     """Caption -> slots that predict the record's image: from its pixels, or from its latents where it brings them."""
     given = record.get("latents")
     images = tuple(record["images"][:1]) if given is None else ()
@@ -139,7 +162,7 @@ def imagined_grid(latent: Latent) -> tuple[int, int]:
 # ---------------------------------------------------------------- device half
 
 
-def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
+def build_head(model_config: ModelConfig, config: PretrainConfig, rngs: nnx.Rngs) -> LatentHead:
     """The latent head for a language model of this shape."""
     target = target_size(model_config, config.latent.space)
     scale, bias = ALIGNMENTS[config.loss.alignment]
@@ -154,47 +177,49 @@ def build_head(model_config, config, rngs: nnx.Rngs) -> LatentHead:
     )
 
 
-def target_size(model_config, space: str) -> int:
+def target_size(model_config: ModelConfig, space: str) -> int:
     return model_config.text.hidden_size if space == "merged" else model_config.vision.hidden_size
 
 
-def room(config) -> Room:
+def room(config: PretrainConfig) -> Room:
     """An image to predict, and what its latents are read from."""
     readout = config.latent.readout
     return Room(slots=config.latent.grid**2 if readout == "slots" else 0, targets=1, reads=int(readout == "last_token"))
 
 
-def statistics_examples(config) -> int:
-    """How many images the targets' statistics are measured on."""
-    return config.latent.statistics_examples
-
-
-def fit_layout(record: dict, index: int, config, processor) -> Layout:
+def fit_layout(record: Record, index: int, config: PretrainConfig, processor: Processor) -> Layout:
     """What `fit` measures: every image as a target."""
     return target_layout(_captions(record)[0], record, config.latent)
 
 
-def cache_layout(record: dict, config) -> Layout:
+def cache_layout(record: Record, config: PretrainConfig) -> Layout:
     """What a latent cache encodes: the image alone, whatever its captions are."""
     return imagine_layout("", config.latent, tuple(record["images"][:1]), record["key"])
 
 
-def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
-    """The head's statistics from batches of `fit_layout`, before training starts: {path: value}.
+def fit(model: LatentVLM, batches: Iterable[HostBatch], config: PretrainConfig) -> dict[str, np.ndarray]:
+    """The head's statistics from batches of `fit_layout`, before training starts: {path: value}."""
+    return measure(model, batches, config.latent, config.data.image_patches)
+
+
+def measure(
+    model: LatentVLM, batches: Iterable[HostBatch], latent: Latent, image_patches: int
+) -> dict[str, np.ndarray]:
+    """{path: value} of the statistics that a head for these latents keeps, from batches with leading (A, G).
 
     Mean of every channel of the targets, and their scale: one number, the RMS of all centred channels (keeps which
     channels are large), or each channel's own standard deviation. Sums run in float64 on the host.
     """
 
     @jax.jit
-    def moments(model, batch):
-        encoded = encode(model.vlm.vision, model.vlm.config, batch, image_patches=config.data.image_patches)
-        z = targets(model.vlm.config, encoded, batch, config.latent)
+    def moments(model: LatentVLM, batch: Batch) -> tuple[Array, Array, Array]:
+        encoded = encode(model.vlm.vision, model.vlm.config, batch, image_patches=image_patches)
+        z = targets(model.vlm.config, encoded, batch, latent)
         valid = jnp.broadcast_to(batch["target_mask"], z.shape[:-1])
         z = jnp.where(valid[..., None], z, 0)
         return valid.sum(), z.sum((0, 1, 2)), (z * z).sum((0, 1, 2))
 
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares = (np.zeros(()),) * 3
     for batch in batches:
         for micro in range(len(batch["tokens"])):
             found = moments(model, {key: value[micro] for key, value in batch.items()})
@@ -204,25 +229,27 @@ def fit(model: LatentVLM, batches, config) -> dict[str, np.ndarray]:
         raise UserError("the data holds no image to measure the latent targets' statistics on")
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 1e-12)
-    if config.latent.scale == "rms":
+    if latent.scale == "rms":
         variance = np.full_like(variance, variance.mean())
     return {"head.mean": mean.astype(np.float32), "head.scale": np.sqrt(variance).astype(np.float32)}
 
 
-def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+def coefficients(config: PretrainConfig, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
     """The weight of every term at this fraction of the run."""
     loss = config.loss
     return {t: getattr(loss, f"{t}_weight") * piecewise(getattr(loss, f"{t}_schedule"), fraction) for t in TERMS}
 
 
-def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
+def weights(batch: Batch, config: PretrainConfig) -> dict[str, Float[Array, ""]]:
     """What every term's sum is divided by: supervised tokens, slots, examples. Known from the batch alone."""
     examples = batch["target_mask"].sum().astype(jnp.float32)
     slots = config.latent.grid**2
     return {"next_token": batch["loss_weights"].sum(), "similarity": examples * slots, "alignment": examples}
 
 
-def targets(model_config, encoded: tuple, batch: dict[str, Array], latent: Latent) -> Float[Array, "G E S Z"]:
+def targets(
+    model_config: ModelConfig, encoded: tuple[Array, Array, Any], batch: Batch, latent: Latent
+) -> Float[Array, "G E S Z"]:
     """Targets in the encoder's own space, fp32, without gradient: the batch's own, else pooled from its images.
 
     `encoded`: what the vision tower gave, (merged tokens, features before the merger, ...).
@@ -242,18 +269,20 @@ def targets(model_config, encoded: tuple, batch: dict[str, Array], latent: Laten
     return jax.lax.stop_gradient(pool(features, image, cells, batch["target_image"][..., 0], grid))
 
 
-def cache_targets(vision: VisionTower, model_config, batch: dict[str, Array], config) -> Float[Array, "G E S Z"]:
+def cache_targets(
+    vision: VisionTower, model_config: ModelConfig, batch: Batch, config: PretrainConfig
+) -> Float[Array, "G E S Z"]:
     """The targets of a batch of `cache_layout`, as a latent cache keeps them."""
     encoded = encode(vision, model_config, batch, image_patches=config.data.image_patches)
     return targets(model_config, encoded, batch, config.latent)
 
 
-def as_inputs(vlm, latents: Float[Array, "X S Z"], latent: Latent) -> Float[Array, "X M D"]:
+def as_inputs(vlm: Qwen2_5_VL, latents: Float[Array, "X S Z"], latent: Latent) -> Float[Array, "X M D"]:
     """Latents in the encoder's own space as the input embeddings that an image's tokens would be."""
     return merge_latents(vlm, latents, latent.grid) if latent.space == "encoder" else latents
 
 
-def merge_latents(vlm, latents: Float[Array, "X S Z"], side: int) -> Float[Array, "X M D"]:
+def merge_latents(vlm: Qwen2_5_VL, latents: Float[Array, "X S Z"], side: int) -> Float[Array, "X M D"]:
     """Pre-merger latents on a side x side grid through the frozen merger, in reading order of the merged grid."""
     X, _, Z = latents.shape
     merge = vlm.config.vision.spatial_merge_size
@@ -261,7 +290,7 @@ def merge_latents(vlm, latents: Float[Array, "X S Z"], side: int) -> Float[Array
     return vlm.vision.merger(cells.reshape(X, side * side, Z).astype(vlm.vision.merger.fc1.dtype))
 
 
-def think_layouts(messages, config, processor, variant: str) -> list[Layout]:
+def think_layouts(messages: Messages, config: PretrainConfig, processor: Processor, variant: str) -> list[Layout]:
     """What is thought over for every imagine part: the caption sequence of its text, or, of the one part without text,
     the conversation up to the answer with slots in the part's place."""
     found = []
@@ -277,13 +306,15 @@ def think_layouts(messages, config, processor, variant: str) -> list[Layout]:
 def with_slots(shown: Layout) -> Layout:
     """A layout with learned slots where imagined latents will stand."""
 
-    def slotted(parts):
+    def slotted(parts: tuple[Part, ...]) -> tuple[Part, ...]:
         return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
 
     return dataclasses.replace(shown, trunk=slotted(shown.trunk), views=tuple(map(slotted, shown.views)))
 
 
-def think(model: LatentVLM, batch: dict[str, Array], config, keys, temperature):
+def think(
+    model: LatentVLM, batch: Batch, config: PretrainConfig, keys: Key[Array, " X"], temperature: Float[Array, ""]
+) -> tuple[Float[Array, "X S Z"], Float[Array, "X M D"]]:
     """(latents (X, S, Z) fp32 in the encoder's own space, the input embeddings (X, M, D) that they stand for)."""
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches)
     slots = jnp.broadcast_to(model.head.slots[...], (1, *model.head.slots.shape)).astype(merged.dtype)
@@ -297,8 +328,8 @@ def think(model: LatentVLM, batch: dict[str, Array], config, keys, temperature):
     return latents, as_inputs(model.vlm, latents, config.latent)
 
 
-def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Array], readout: str):
-    """The hidden states that the head reads, (G, E, S, D)."""
+def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: Batch, readout: str) -> Float[Array, "G E S D"]:
+    """The hidden states that the head reads."""
     G, B, T, D = hidden.shape
     flat = hidden.reshape(G, B * T, D)
     if readout == "slots":
@@ -317,8 +348,10 @@ def read(hidden: Float[Array, "G B T D"], head: LatentHead, batch: dict[str, Arr
     return text[:, :, None] + head.slots[...].astype(text.dtype)
 
 
-def forward(model: LatentVLM, batch: dict[str, Array], config):
-    """(hidden states (G B T D), predicted and target standardised latents (G E S Z) fp32)."""
+def forward(
+    model: LatentVLM, batch: Batch, config: PretrainConfig
+) -> tuple[Float[Array, "G B T D"], Float[Array, "G E S Z"], Float[Array, "G E S Z"]]:
+    """(hidden states, predicted and target standardised latents in fp32)."""
     options = dict(remat=config.model.remat, unroll=config.model.unroll)
     encoded = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
     merged = encoded[0]
@@ -330,7 +363,7 @@ def forward(model: LatentVLM, batch: dict[str, Array], config):
     return hidden, predicted, target
 
 
-def loss(model: LatentVLM, batch: dict[str, Array], config):
+def loss(model: LatentVLM, batch: Batch, config: PretrainConfig) -> tuple[Terms, Terms]:
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
     hidden, predicted, target = forward(model, batch, config)
     G, E, S, Z = predicted.shape
@@ -349,7 +382,7 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
             predicted,
             target,
             mask,
-            kind=options.similarity,
+            kind=typing.cast(similarity.Kind, options.similarity),
             norm_weighted=options.norm_weighted,
             norm_term=options.norm_term,
             beta=options.smooth_l1_beta,
@@ -362,7 +395,9 @@ def loss(model: LatentVLM, batch: dict[str, Array], config):
     return terms, metrics
 
 
-def align(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Array, head: LatentHead, kind: str):
+def align(
+    predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Bool[Array, " E"], head: LatentHead, kind: str
+) -> alignment.Result:
     """The alignment loss of pooled latents over the global batch of one micro-step."""
     if kind == "infonce":
         return alignment.infonce(predicted, target, mask, logit_scale=head.logit_scale[...])
@@ -376,7 +411,7 @@ def align(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Arr
 THINK = Think(shape=lambda config: imagined_grid(config.latent), layouts=think_layouts, run=think)
 
 METHOD = Method(
-    sections={"loss": Loss, "latent": Latent},
+    config=PretrainConfig,
     layout=layout,
     coefficients=coefficients,
     weights=weights,
@@ -386,7 +421,7 @@ METHOD = Method(
     heads=("imagine",),
     head_settings=HEAD_SETTINGS,
     think=THINK,
-    statistics=Statistics(statistics_examples, fit_layout, fit),
+    statistics=Statistics(lambda config: config.latent.statistics_examples, fit_layout, fit),
     targets=CachedTargets(
         made_from=lambda config: {"grid": config.latent.grid, "space": config.latent.space},
         shape=lambda model_config, config: (config.latent.grid**2, target_size(model_config, config.latent.space)),

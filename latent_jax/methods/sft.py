@@ -7,18 +7,22 @@ question sees the image and itself, and none sees another's answer.
 import dataclasses
 import functools
 import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from latent_jax.benchmarks.rows import conversation
+from latent_jax.benchmarks.items import conversation
 from latent_jax.config.fields import option
+from latent_jax.config.training import Config
 from latent_jax.data.layout import Layout
 from latent_jax.data.prompts import described
 from latent_jax.errors import UserError
 from latent_jax.losses import next_token
 from latent_jax.losses.schedule import piecewise
-from latent_jax.methods.contract import Method
+from latent_jax.methods.contract import Batch, Method, Processor, Record, Terms
 from latent_jax.models.heads import LatentVLM
 
 
@@ -46,12 +50,20 @@ class Chat:
     suffix: str = option("", "plain only: what follows each question, such as an instruction to answer in one word")
 
 
-def layout(record: dict, index: int, config, processor) -> Layout:
+@dataclasses.dataclass(frozen=True)
+class SftConfig(Config):
+    """The config of a run, which other methods that ask questions extend."""
+
+    loss: Loss = Loss()
+    chat: Chat = Chat()
+
+
+def layout(record: Record, index: int, config: SftConfig, processor: Processor) -> Layout:
     """What example `index` shows: its conversations as views of the images that they share."""
     return processor.render_conversations(conversations(record, index, config), key=record["key"])
 
 
-def conversations(record: dict, index: int, config, imagine: bool = False) -> list[list[dict]]:
+def conversations(record: Record, index: int, config: SftConfig, imagine: bool = False) -> list[list[dict]]:
     """A conversation for every question that example `index` asks; with `imagine`, each asks for latents as well.
 
     Image -> caption where the record has no questions.
@@ -66,7 +78,7 @@ def conversations(record: dict, index: int, config, imagine: bool = False) -> li
     return [described(record, record["captions"][choice])]
 
 
-def pairs(record: dict, index: int, config) -> list[tuple[str, str]]:
+def pairs(record: Record, index: int, config: SftConfig) -> list[tuple[str, str]]:
     """(prompt, answer) of the questions that example `index` asks, drawn by seed and index.
 
     Raises UserError where none of the record's questions has an answer to learn.
@@ -84,7 +96,7 @@ def pairs(record: dict, index: int, config) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _benchmark(dataset: str):
+def _benchmark(dataset: str) -> ModuleType | None:
     """The dataset's benchmark, None where it has none."""
     try:
         found = importlib.import_module(f"latent_jax.benchmarks.{dataset}")
@@ -93,22 +105,26 @@ def _benchmark(dataset: str):
     return found if hasattr(found, "SCORERS") else None
 
 
-def coefficients(config, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+def coefficients(config: SftConfig, fraction: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
+    """The weight of the one term at this fraction of the run."""
     return {"next_token": config.loss.next_token_weight * piecewise(config.loss.next_token_schedule, fraction)}
 
 
-def weights(batch: dict[str, Array], config) -> dict[str, Float[Array, ""]]:
+def weights(batch: Batch, config: SftConfig) -> dict[str, Float[Array, ""]]:
+    """The sum of the term is divided by this: the supervised tokens of the batch."""
     return {"next_token": batch["loss_weights"].sum()}
 
 
-def loss(model: LatentVLM, batch: dict[str, Array], config):
+def loss(model: LatentVLM, batch: Batch, config: SftConfig) -> tuple[Terms, Terms]:
     """({term: (sum, weight)}, {metric: (sum, weight)}) of one micro-step; batch arrays lead with G."""
     options = dict(remat=config.model.remat, unroll=config.model.unroll)
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches, **options)
     return scored(model, model.vlm.embed(batch["tokens"], batch["feature_index"], merged), batch, options)
 
 
-def scored(model: LatentVLM, x: Float[Array, "G B T D"], batch: dict[str, Array], options: dict):
+def scored(
+    model: LatentVLM, x: Float[Array, "G B T D"], batch: Batch, options: Mapping[str, Any]
+) -> tuple[Terms, Terms]:
     """As `loss`, from input embeddings; options are `decode`'s."""
     hidden, _ = model.vlm.decode(x, batch, **options)
     T, D = hidden.shape[-2:]
@@ -121,6 +137,4 @@ def scored(model: LatentVLM, x: Float[Array, "G B T D"], batch: dict[str, Array]
     return {"next_token": (total, weight)}, {f"next_token/{key}": value for key, value in extra.items()}
 
 
-METHOD = Method(
-    sections={"loss": Loss, "chat": Chat}, layout=layout, coefficients=coefficients, weights=weights, loss=loss
-)
+METHOD = Method(config=SftConfig, layout=layout, coefficients=coefficients, weights=weights, loss=loss)

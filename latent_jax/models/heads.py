@@ -1,11 +1,14 @@
 """The latent head: hidden states at slot positions to latents in the vision encoder's space."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from latent_jax.models.parameters import Declare
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.ops.norm import rms_norm
 
 EPS = 1e-6
@@ -69,6 +72,6 @@ class LatentHead(nnx.Module):
 class LatentVLM(nnx.Module):
     """A vision-language model and what a method puts beside it (None where it adds nothing)."""
 
-    def __init__(self, vlm: nnx.Module, head: nnx.Module | None):
+    def __init__(self, vlm: Qwen2_5_VL, head: nnx.Module | None):
         self.vlm = vlm
-        self.head = head
+        self.head: Any = head  # each method knows the class of its own

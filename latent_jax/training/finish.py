@@ -9,8 +9,10 @@ from pathlib import Path
 
 import jax
 
+from latent_jax.config.training import Config
 from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
 from latent_jax.models import hf_export, lora, sums
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files, hosts, metrics, preemption
@@ -52,12 +54,14 @@ def finish(
     return report
 
 
-def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, float] | None:
+def finished(checkpoints: Checkpoints, config: Config, directory: Path) -> dict[str, float] | None:
     """What the report found, where all steps, the export and the report are done already; else None.
 
     Raises UserError where the metrics are not those that were written.
     """
     latest = checkpoints.latest() or 0
+    done: dict = {}
+    expected = None
     try:
         done = workdir.read_finished(directory)
         same = done["step"] == latest == config.train.steps and done["settings"] == _last_settings(config)
@@ -76,7 +80,7 @@ def finished(checkpoints: Checkpoints, config, directory: Path) -> dict[str, flo
     return done.get("report", {})
 
 
-def _last_settings(config) -> dict:
+def _last_settings(config: Config) -> dict:
     """The settings that what follows the last step depends on, beside those that a resumed run cannot change."""
     asked = dataclasses.asdict(config.evaluate)
     del asked["every"]  # while training
@@ -134,7 +138,7 @@ def _check_files(directory: Path, names: Sequence[str]) -> None:
         )
 
 
-def look_ahead(config, method, directory: Path) -> list[str]:
+def look_ahead(config: Config, method: Method, directory: Path) -> list[str]:
     """Checks what only the end of the run needs. Returns lines on what will be left out.
 
     Raises UserError where the export, or a file of the report, could not be written.

@@ -4,6 +4,7 @@
 method itself rebuilds what it made. Earlier versions wrote the section `latent` of pretraining alone, without a name.
 """
 
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 
 from latent_jax import methods
 from latent_jax.config import schema
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_export
@@ -24,20 +26,22 @@ from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.runtime.command import say_line
 from latent_jax.training.state import Arrays, Setup
 
+T = typing.TypeVar("T")  # an array, wherever it is
 
-def beside(config, head: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], dict] | None:
+
+def beside(config: Config, head: Mapping[str, T]) -> tuple[Mapping[str, T], dict] | None:
     """What stands beside an export's weights: the head's tensors, which may be none, and the document; None for a
     method that leaves nothing at inference."""
     return (head, document(config)) if head or methods.find(config.method).think else None
 
 
-def document(config) -> dict:
+def document(config: Config) -> dict:
     """The latent_config.json of a run's export."""
     sections = methods.find(config.method).sections
     return {"method": config.method} | {name: schema.to_dict(getattr(config, name)) for name in sections}
 
 
-def settings(found: dict, where: str):
+def settings(found: dict, where: str) -> Config:
     """The config of the method that a latent_config.json names: its sections as they stand there, all else by default.
 
     Raises UserError naming a section or key that is unknown or wrong; `where`: the file.
@@ -48,12 +52,13 @@ def settings(found: dict, where: str):
         method = methods.find(found["method"])
         if unknown := sorted(found.keys() - method.sections.keys() - {"method"}):
             raise UserError(f"config.{unknown[0]:.80}: no section of method {found['method']!r}")
-        return schema.resolve({**schema.to_dict(schema.schema(found["method"])()), **found})
+        made = schema.resolve({**schema.to_dict(schema.schema(found["method"])()), **found})
+        return typing.cast(Config, made)  # of a method: never an evaluation's
     except UserError as problem:
         raise UserError(f"{where}: {str(problem).removeprefix('config.')}") from None
 
 
-def check_settings(saved, wanted, method: Method, where: str) -> None:
+def check_settings(saved: Config, wanted: Config, method: Method, where: str) -> None:
     """Raises UserError where a saved head was trained to read or predict something else than this run asks of it."""
     for key in method.head_settings:
         section, name = key.split(".")
@@ -62,7 +67,7 @@ def check_settings(saved, wanted, method: Method, where: str) -> None:
             raise UserError(f"{where}: the head has {key} {before!r}, but config.{key} is {now!r}; expected the same")
 
 
-def head(method: Method, arrays: Mapping[str, np.ndarray | jax.Array]) -> dict[str, np.ndarray | jax.Array]:
+def head(method: Method, arrays: Mapping[str, T]) -> dict[str, T]:
     """Of a head's arrays (paths without `head.`), those that inference needs."""
     return {path: array for path, array in arrays.items() if method.exported(path)}
 
@@ -103,7 +108,7 @@ def saved_head(setup: Setup, directory: str | Path) -> Arrays:
 
 def rebuild(
     tensors: Mapping[str, np.ndarray | jax.Array],
-    config,
+    config: Config,
     model_config: ModelConfig,
     where: str | Path,
     dtype: DTypeLike | None,
@@ -114,11 +119,12 @@ def rebuild(
     """
     method = methods.find(config.method)
     made = nnx.eval_shape(lambda: method.build_head(model_config, config, nnx.Rngs(0)))
-    for path in [] if made is None else list(Structure.of(made).variables):
-        if not method.exported(path):
-            _remove(made, path.split("."))
-    structure = Structure.of(made) if made is not None else None
-    expected = structure.variables if structure else {}
+    if made is not None:
+        for path in list(Structure.of(made).variables):
+            if not method.exported(path):
+                _remove(made, path.split("."))
+    structure = Structure.of(made if made is not None else nnx.Module())
+    expected = structure.variables
     if expected and not tensors:
         raise UserError(f"{where}: no such file, but the method {config.method!r} of {LATENT_CONFIG} has a head")
     for name in sorted(expected.keys() ^ tensors.keys()):

@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -10,25 +11,26 @@ import numpy as np
 from latent_jax.data import pipeline
 from latent_jax.errors import UserError
 from latent_jax.models.qwen2_5_vl import flops
-from latent_jax.runtime import hosts, tracing
+from latent_jax.runtime import hosts, preemption, tracing
 from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.training.resume import save
 from latent_jax.training.state import Setup, TrainState
+from latent_jax.training.step import Step
 
 
 def loop(
     setup: Setup,
     state: TrainState,
-    step,
-    validate,
+    step: Step,
+    validate: Callable[[TrainState], dict[str, float]] | None,
     batches: pipeline.BatchIterator,
     checkpoints: Checkpoints,
     metrics: Metrics,
     progress: Progress,
     trace: tracing.Tracing,
-    asked_to_stop,
+    asked_to_stop: preemption.Asked,
 ) -> tuple[TrainState, int]:
     """Runs the steps that are left. Returns (state, the signal that ended it early or 0)."""
     config = setup.config
@@ -37,7 +39,7 @@ def loop(
     pending, done = None, int(state.step)
     ended = time.monotonic()
 
-    def report(pending) -> tuple[dict, bool]:
+    def report(pending: tuple) -> tuple[dict, bool]:
         """Fetches a finished step's numbers: one step late, so that the device never waits for the host.
 
         Returns where the data of all hosts stood, and whether one of them was asked to stop.

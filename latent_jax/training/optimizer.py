@@ -6,8 +6,10 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import optax
 
+from latent_jax.config.training import Train
 
-def schedule(train) -> optax.Schedule:
+
+def schedule(train: Train) -> optax.Schedule:
     """Learning rate by step: a linear warm-up from 0, then `train.schedule` down to end_factor times the peak."""
     warmup = round(train.warmup * train.steps)
     rest = max(train.steps - warmup, 1)
@@ -22,7 +24,7 @@ def schedule(train) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
+def rates(train: Train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
     """What is logged by step: the learning rate, and the head's where one is trained at a rate of its own."""
     found = {"learning_rate": schedule(train)}
     if train.head_learning_rate and any(map(_of_head, paths)):
@@ -30,7 +32,7 @@ def rates(train, paths: Iterable[str]) -> dict[str, optax.Schedule]:
     return found
 
 
-def make(train, paths: Iterable[str], decayed: Collection[str] = ()) -> optax.GradientTransformation:
+def make(train: Train, paths: Iterable[str], decayed: Collection[str] = ()) -> optax.GradientTransformation:
     """The optimiser of trainable arrays with these dotted paths; `head.*` may learn at a rate of its own.
 
     decayed: those that weight decay is for (models/parameters.py says which).

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from latent_jax.config import schema
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.runtime import checksums
 from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
@@ -12,7 +13,7 @@ from latent_jax.training import workdir
 from latent_jax.training.state import Setup, TrainState
 
 
-def check_begun(config, directory: Path) -> None:
+def check_begun(config: Config, directory: Path) -> None:
     """Raises UserError where the run in `directory` cannot go on with this config, or has done more steps than it asks.
 
     Asked before anything is made or written for it: a latent cache, config.json.
@@ -73,7 +74,7 @@ def _set_aside(checkpoints: Checkpoints, damaged: list[int], directory: Path) ->
     return [f"checkpoint {step} is damaged: moved into {directory / DAMAGED}" for step in damaged]
 
 
-def check_start(state: TrainState, config, origin: Path) -> None:
+def check_start(state: TrainState, config: Config, origin: Path) -> None:
     """Raises UserError where a weight that the run begins with, or a statistic, is not finite."""
     _, bad = checksums.examined({**state.trainable, **state.frozen})
     if bad:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io, lora
@@ -41,7 +42,7 @@ class TrainState(NamedTuple):
 class Setup:
     """What one run trains: the model's structure, which paths learn, with which optimiser, and where arrays live."""
 
-    config: object
+    config: Config
     method: Method
     model_config: ModelConfig
     structure: Structure

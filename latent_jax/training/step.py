@@ -1,18 +1,36 @@
 """The training step: gradients of one method's loss, summed exactly over micro-steps and devices, then one update."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
+from latent_jax.methods.contract import Terms
 from latent_jax.runtime import sharding
 from latent_jax.runtime.devices import compiler_options
 from latent_jax.training import optimizer
 from latent_jax.training.state import Arrays, Setup, TrainState
 
+Losses = tuple[Array, tuple[Arrays, Terms]]  # the whole loss, the mean of every term, metrics
 
-def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
+
+@runtime_checkable
+class Step(Protocol):
+    """A jitted step: (state, batch with leading (A, G)) -> (new state, metrics as scalars)."""
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Array], /) -> tuple[TrainState, dict[str, Array]]: ...
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> Any:
+        """As jax.jit's."""
+
+    def _cache_size(self) -> int:
+        """How often it was compiled."""
+
+
+def make_step(setup: Setup) -> Step:
     """The jitted step: (state, batch with leading (A, G)) -> (new state, metrics as scalars).
 
     Every term is a sum over tokens, slots or examples divided by its weight over the *whole* step, which the batch's
@@ -21,18 +39,19 @@ def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, 
     config, method = setup.config, setup.method
     rates = optimizer.rates(config.train, setup.trainable)
 
-    def gradients(state: TrainState, batch: Arrays):
+    def gradients(state: TrainState, batch: Arrays) -> tuple[Losses, Arrays]:
         fraction = state.step.astype(jnp.float32) / config.train.steps
         coefficients = method.coefficients(config, fraction)
         totals = {term: jnp.maximum(weight, 1.0) for term, weight in method.weights(batch, config).items()}
 
-        def objective(trainable: Arrays, micro: Arrays):
+        def objective(trainable: Arrays, micro: Arrays) -> Losses:
             model = setup.build(trainable, state.frozen, setup.attention.implementation)
             terms, metrics = method.loss(model, micro, config)
             means = {term: total / totals[term] for term, (total, _) in terms.items()}
-            return sum(coefficients[term] * mean for term, mean in means.items()), (means, metrics)
+            whole = sum(coefficients[term] * mean for term, mean in means.items())
+            return cast(Array, whole), (means, metrics)
 
-        def micro_step(carry, micro: Arrays):
+        def micro_step(carry: tuple[Losses, Arrays], micro: Arrays) -> tuple[tuple[Losses, Arrays], None]:
             out, grads = jax.value_and_grad(objective, has_aux=True)(state.trainable, micro)
             return jax.tree.map(jnp.add, carry, (out, pin(grads))), None
 
@@ -65,10 +84,11 @@ def make_step(setup: Setup) -> Callable[[TrainState, Arrays], tuple[TrainState, 
     # Where the state lives is decided once, by its own arrays; the batch is split by groups over replica and fsdp.
     abstract = setup.abstract()
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
+    made = jax.jit(
         step,
         in_shardings=(places, sharding.batch_sharding(setup.mesh)),
         out_shardings=(places, sharding.replicated(setup.mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(setup.mesh.devices.flat[0].platform),
     )
+    return cast(Step, made)

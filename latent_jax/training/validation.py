@@ -1,16 +1,17 @@
 """A loss on held-out data while training: the training loss, without gradients, over the same records every time."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from latent_jax.config.training import mixture
+from latent_jax.config.training import Config, mixture
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
+from latent_jax.methods.contract import Batch, Terms
 from latent_jax.runtime import hosts, sharding
 from latent_jax.training.shapes import layout_of
 from latent_jax.training.state import Setup, TrainState
@@ -19,7 +20,7 @@ PREFIX = "validation/"
 LOSS = f"{PREFIX}loss/total"
 
 
-def open_records(config) -> Sequence[dict]:
+def open_records(config: Config) -> Sequence[dict]:
     """The first `evaluate.examples` records of the held-out split of the run's first source, or of its holdout.
 
     Raises UserError where there is none.
@@ -44,7 +45,7 @@ def make_validation(
     own = hosts.own_groups(mesh, batch_shape.groups)
 
     @jax.jit
-    def sums(state: TrainState, batch: dict[str, Array]):
+    def sums(state: TrainState, batch: Batch) -> tuple[Terms, Terms, dict[str, Array]]:
         coefficients = method.coefficients(config, state.step.astype(jnp.float32) / config.train.steps)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = setup.build(state.trainable, state.frozen, setup.attention.implementation)
@@ -59,12 +60,16 @@ def make_validation(
             yield hosts.place({name: array[:, own] for name, array in batch.items()}, mesh, batch_shape.groups)
 
     def validate(state: TrainState) -> dict[str, float]:
-        totals, weights = Counter(), Counter()
+        totals: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        coefficients: dict[str, Array] = {}
         for batch in batches():
             terms, metrics, coefficients = jax.device_get(sums(state, batch))
             for name, (total, weight) in ({f"loss/{term}": pair for term, pair in terms.items()} | metrics).items():
                 totals[name] += float(total)
                 weights[name] += float(weight)
+        if not totals:
+            raise UserError("config.evaluate.split: holds no record to measure the loss on; expected at least one")
         means = {name: totals[name] / max(weights[name], 1.0) for name in totals}
         weighted = sum(float(factor) * means[f"loss/{term}"] for term, factor in coefficients.items())
         return {f"{PREFIX}{name}": value for name, value in {"loss/total": weighted, **means}.items()}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.typing import DTypeLike
 
 from latent_jax import methods
 from latent_jax.config import schema
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.models import lora
 from latent_jax.models.card import Card
@@ -31,7 +34,7 @@ class Run:
     """A workdir's config, model structure and the files of the checkpoint it began with."""
 
     directory: Path
-    config: object
+    config: Config
     measured: dict
     model_config: ModelConfig
     structure: Structure
@@ -40,7 +43,7 @@ class Run:
     def of(cls, directory: str | Path) -> "Run":
         """Raises UserError where the directory is not a workdir."""
         directory = Path(directory)
-        config, measured = schema.read(directory / CONFIG)
+        config, measured = schema.read_run(directory / CONFIG)
         method = methods.find(config.method)
         check_origin(directory / ORIGIN)
         model_config = from_json(directory / ORIGIN / "config.json")
@@ -109,7 +112,7 @@ def numbers(report: dict) -> dict[str, float]:
     return {name: value for name, value in report.items() if isinstance(value, int | float)}
 
 
-def card(config, steps: int, numbers: dict[str, float], command: str, origin: Path) -> Card:
+def card(config: Config, steps: int, numbers: dict[str, float], command: str, origin: Path) -> Card:
     """What an export's README.md tells of a run; `origin`: what the workdir keeps of the base model."""
     return Card(
         base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
@@ -127,7 +130,7 @@ def is_workdir(directory: str | Path) -> bool:
     return (Path(directory) / CHECKPOINTS).is_dir()
 
 
-def split(arrays: dict[str, np.ndarray | jax.Array | lora.Merged]) -> tuple[dict, dict]:
+def split(arrays: Mapping[str, np.ndarray | jax.Array | lora.Merged]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(vlm arrays, head arrays), each under its own paths."""
     vlm = {p.removeprefix("vlm."): a for p, a in arrays.items() if p.startswith("vlm.")}
     head = {p.removeprefix("head."): a for p, a in arrays.items() if p.startswith("head.")}

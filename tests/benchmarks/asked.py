@@ -1,14 +1,14 @@
 """Rows as an evaluation makes them, from (question, images, reply)."""
 
-from latent_jax.benchmarks.rows import Item, Row
+from latent_jax.benchmarks.items import Item, ScoredItem
 
 
-def row(benchmark, question: dict, reply: str, scorer: str, images: int = 1, key: str = "") -> Row:
+def row(benchmark, question: dict, reply: str, scorer: str, images: int = 1, key: str = "") -> ScoredItem:
     benchmark.check(question, images)
     item = Item(question["id"], question, 0, images, benchmark.cluster(question, key or question["id"]))
     parsed = benchmark.parse(reply, question, scorer)
     hidden = benchmark.answer(question) is None
-    return Row(item, reply, parsed, None if hidden else benchmark.correct(parsed, question, scorer))
+    return ScoredItem(item, reply, parsed, None if hidden else benchmark.correct(parsed, question, scorer))
 
 
 def percent(fractions: dict) -> dict:

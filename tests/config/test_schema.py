@@ -27,17 +27,22 @@ class Loss:
     grid: tuple[int, int] = option((4, 4), "rows and columns", low=1)
 
 
-def method_of(sections: dict) -> Method:
-    """A method of these sections alone."""
+@dataclasses.dataclass(frozen=True)
+class FakeConfig(Config):
+    loss: Loss = Loss()
+
+
+def method_of(config: type) -> Method:
+    """A method of this config alone."""
     nothing = lambda *_: None  # noqa: E731
-    return Method(sections, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
+    return Method(config, layout=nothing, coefficients=nothing, weights=nothing, loss=nothing)
 
 
 @pytest.fixture(autouse=True)
 def method():
     """A method module that exists for this file only."""
     module = types.ModuleType("latent_jax.methods.fake")
-    module.METHOD = method_of({"loss": Loss})
+    module.METHOD = method_of(FakeConfig)
     sys.modules[module.__name__] = module
     methods.find.cache_clear()
     schema.schema.cache_clear()
@@ -215,14 +220,55 @@ def test_resume_allows_what_trains_nothing_and_says_what_more_steps_do():
     assert schema.check_resume(old, schema.resolve(changed(**constant, train__steps=2000))) == []
 
 
-def test_a_method_cannot_take_a_common_name():
-    sys.modules["latent_jax.methods.fake"].METHOD = method_of({"train": Loss})
+@dataclasses.dataclass(frozen=True)
+class Taken(Config):
+    train: Loss = Loss()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserved(Config):
+    versions: Loss = Loss()
+
+
+@dataclasses.dataclass(frozen=True)
+class Loose(Config):
+    strength: float = option(1.0, "an option outside of any section")
+
+
+class Undecorated(Config):
+    loss: Loss = Loss()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Taken, r"method 'fake': sections \['train'\] are taken by the common config"),
+        (Reserved, r"sections \['versions'\] are taken"),
+        (Loose, "strength is .*float.*, expected a section: a frozen dataclass of options"),
+        (Undecorated, r"Undecorated is not a dataclass, expected @dataclasses\.dataclass\(frozen=True\) before it"),
+        (Loss, "config is .*Loss.*, expected a frozen dataclass that extends config.training.Config"),
+        ({"loss": Loss}, "config is .*, expected a frozen dataclass that extends config.training.Config"),
+    ],
+)
+def test_a_class_that_is_not_a_methods_config_is_refused(config, message):
+    made = method_of(FakeConfig)
+    object.__setattr__(made, "config", config)  # past the annotations, which only tests check
+    sys.modules["latent_jax.methods.fake"].METHOD = made
     methods.find.cache_clear()
     schema.schema.cache_clear()
-    with pytest.raises(ValueError, match="'train'"):
+    with pytest.raises(ValueError, match=message):
         schema.schema("fake")
     methods.find.cache_clear()
     schema.schema.cache_clear()
+
+
+def test_the_keys_of_every_method_stand_in_the_order_in_which_they_always_stood():
+    common = ["job", "method", "seed", "model", "data", "train", "checkpoint", "mesh", "hosts", "evaluate", "log"]
+    own = {"pretrain": ["loss", "latent"], "sft": ["loss", "chat"], "imagine": ["loss", "chat", "latent"]}
+    for name in methods.names():
+        assert list(schema.to_dict(schema.schema(name)())) == common + own[name]
+        assert list(methods.find(name).sections) == own[name]
+        assert methods.find(name).config is schema.schema(name)
 
 
 def test_fields_and_errors_import_without_jax():

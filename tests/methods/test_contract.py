@@ -53,6 +53,11 @@ class Toy:
     noise: float = option(0.1, "standard deviation of what is added to a latent while training", low=0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(sft.SftConfig):
+    toy: Toy = Toy()
+
+
 class Head(nnx.Module):
     def __init__(self, count: int, hidden: int, rngs: nnx.Rngs):
         declare = Declare(dict(S=count, D=hidden), rngs, jnp.float32)
@@ -108,7 +113,7 @@ def think(model, batch, config, keys, temperature):
 
 
 METHOD = Method(
-    sections={"toy": Toy, "loss": sft.Loss, "chat": sft.Chat},
+    config=ToyConfig,
     layout=layout,
     coefficients=sft.coefficients,
     weights=sft.weights,

@@ -7,7 +7,8 @@ from flax import nnx
 
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.parameters import Structure
-from tests.reference import latent
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from tests.reference import latent, small
 
 S, D, Z, F = 4, 12, 6, 10
 
@@ -40,9 +41,10 @@ def test_standardise_centres_and_scales_and_restore_undoes_it():
 
 
 def test_statistics_travel_with_the_head_and_are_not_trained():
-    structure = Structure.of(LatentVLM(head(), None))
+    vlm = nnx.eval_shape(lambda: Qwen2_5_VL(small.model_config(), rngs=nnx.Rngs(0)))
+    structure = Structure.of(LatentVLM(vlm, head()))
     untrained = {path for path in structure.variables if not structure.trained(path)}
-    assert untrained == {"vlm.mean", "vlm.scale"}
+    assert untrained == {"head.mean", "head.scale"}
 
 
 def test_scale_and_bias_of_the_alignment_start_where_they_are_told():

@@ -57,7 +57,9 @@ def both(prepared, tmp_path_factory):
     """Five steps of ours, over more than one epoch, and of stock transformers that follow them: their workdirs."""
     ours, theirs = (tmp_path_factory.mktemp(name) / "run" for name in ("ours", "theirs"))
     defaults = ours.parent / "sft.py"
-    defaults.write_text("from latent_jax.config import default\n\n\ndef get_config():\n    return default('sft')\n")
+    defaults.write_text(
+        "from latent_jax.config.schema import default\n\n\ndef get_config():\n    return default('sft')\n"
+    )
     config = make_config(
         checkpoints.saved("as_published")[0],
         prepared,

@@ -1,7 +1,8 @@
-"""What the benchmarks share: a question to be asked, and a question that was answered."""
+"""What the benchmarks share: a question to ask, and a question with its scored reply."""
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PLACE = "<image>"
@@ -25,8 +26,8 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A question with what was replied to it; `correct` is None where the answer is hidden."""
+class ScoredItem:
+    """A question with the reply to it and its score; `correct` is None where the answer is hidden."""
 
     item: Item
     reply: str
@@ -34,8 +35,13 @@ class Row:
     correct: bool | None
     skipped: str = ""  # why it was not asked: then it has no reply and counts as wrong
 
+    @property
+    def right(self) -> bool:
+        """Whether it counts as right."""
+        return bool(self.correct)
 
-def conversation(prompt: str, images, imagine: bool = False) -> list[dict]:
+
+def conversation(prompt: str, images: Sequence[Any], imagine: bool = False) -> list[dict]:
     """One user turn in HF chat format: the images in order before the prompt, or each where it says `<image>`; at the
     end, with `imagine`, what asks for latents."""
     shown = [{"type": "image", "image": image} for image in images]
@@ -62,7 +68,7 @@ def check_text(prompt: str) -> None:
         raise ValueError(f"its text holds half a character ({ascii(prompt[problem.start])})") from None
 
 
-def field(question: dict, name: str, kind: type | tuple[type, ...]):
+def field(question: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     """An official field. Raises ValueError that names it where it is missing or of another type."""
     if name not in question:
         raise ValueError(f"has no {name!r}")
@@ -71,7 +77,7 @@ def field(question: dict, name: str, kind: type | tuple[type, ...]):
     return question[name]
 
 
-def texts(question: dict, name: str, least: int = 1, most: int | None = None) -> list[str]:
+def texts(question: Mapping[str, Any], name: str, least: int = 1, most: int | None = None) -> list[str]:
     """An official field that is a list of texts."""
     found = field(question, name, list)
     if len(found) < least or not all(isinstance(text, str) for text in found):
@@ -81,4 +87,4 @@ def texts(question: dict, name: str, least: int = 1, most: int | None = None) ->
     return found
 
 
-_WORDS = {str: "a text", int: "an integer", list: "a list", dict: "a dict", bool: "true or false"}
+_WORDS: dict[Any, str] = {str: "a text", int: "an integer", list: "a list", dict: "a dict", bool: "true or false"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from latent_jax.benchmarks.rows import conversation
+from latent_jax.benchmarks.items import conversation
 
 
 @pytest.mark.parametrize(
