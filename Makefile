@@ -13,7 +13,7 @@ help:
 	@echo "make pretrain   latent pretraining of the embedded model on the embedded dataset, into runs/pretrain"
 	@echo "make test       the tests; make test-slow adds the slow ones"
 	@echo "make test-matrix  training, evaluation and checkpoints on those of $(MATRIX) that are here"
-	@echo "make lint       ruff's rules and format; make format applies them"
+	@echo "make lint       ruff's rules and format, mypy's types; make format applies the first two"
 	@echo "make tiny_vl    trains the embedded model anew, into latent_jax/assets/tiny_vl"
 	@echo "make clean      removes .venv, those of test-matrix and caches; runs/ stays"
 
@@ -52,6 +52,7 @@ matrix-one: $(STAMP)/run
 lint: $(STAMP)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: $(STAMP)/lint
 	$(VENV)/bin/ruff check --fix .
@@ -72,8 +73,9 @@ $(STAMP)/test: $(PINS) | $(STAMP)
 	@touch $@ $(STAMP)/run
 
 $(STAMP)/lint: $(PINS) | $(STAMP)
-	@$(PIP) ruff
-	@touch $@
+	@echo "installing latent_jax and what checks it into $(VENV) ..."
+	@$(PIP) --editable ".[lint]"
+	@touch $@ $(STAMP)/run
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, " \

@@ -169,7 +169,8 @@ def test_a_longer_evaluation_keeps_the_shorter_ones_replies(data, tmp_path):
 # Begins a program of its own: 120 questions in the place of prepared data.
 STAND_IN = """
 import sys, time
-from latent_jax import config as schema, evaluate
+from latent_jax import evaluate
+from latent_jax.config import schema
 from latent_jax.evaluate import Backend
 from tests.reference import benchmark_records as records
 

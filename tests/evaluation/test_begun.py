@@ -279,7 +279,7 @@ def test_a_signal_in_the_last_batch_is_too_late(asked_of, tmp_path):
 
 
 SCRIPT = f"""{STAND_IN}
-from latent_jax.command import command
+from latent_jax.runtime.command import command
 
 def answer(conversations, tokens):
     time.sleep(0.05)

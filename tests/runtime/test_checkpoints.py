@@ -266,7 +266,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
 
 READER = """
 import sys
-from latent_jax.command import command
+from latent_jax.runtime.command import command
 from latent_jax.runtime.checkpoints import Checkpoints
 @command
 def main():
@@ -293,7 +293,7 @@ def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
 TOO_LARGE = """
 import resource, sys
 import jax.numpy as jnp
-from latent_jax.command import command
+from latent_jax.runtime.command import command
 from latent_jax.runtime.checkpoints import Checkpoints
 
 @command

@@ -68,7 +68,7 @@ def test_wrong_flags_are_one_line(capsys):
 def _interrupted(body: str):
     program = f"""
 import sys, time
-from latent_jax.command import begin_command, command
+from latent_jax.runtime.command import begin_command, command
 begin_command()
 @command
 def main():
@@ -141,7 +141,7 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path):
 
 
 def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
-    program = "import sys\nfrom latent_jax.command import begin_command\nbegin_command()\n"
+    program = "import sys\nfrom latent_jax.runtime.command import begin_command\nbegin_command()\n"
     program += "print('a', file=sys.stderr); sys.stderr.flush(); print('done')"
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stderr=full, stdout=subprocess.PIPE, text=True)
@@ -150,7 +150,7 @@ def test_a_command_whose_standard_error_is_full_still_ends_as_it_would():
 
 def test_a_closed_standard_stream_is_no_file_of_the_run(tmp_path):
     program = (
-        "import os, sys\nfrom latent_jax.command import begin_command\nbegin_command()\n"
+        "import os, sys\nfrom latent_jax.runtime.command import begin_command\nbegin_command()\n"
         "with open(sys.argv[1], 'w') as file:\n"
         "    os.write(2, b'XLA warns')\n"
         "    print('a'); print('b', file=sys.stderr); assert not sys.stderr.isatty()\n"
