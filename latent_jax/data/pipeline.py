@@ -1,14 +1,12 @@
 """Records to batches with Grain: shuffled, mixed, decoded by threads, packed, and resumable to the bit.
 
-Grain owns order and decoding (a random-access dataset, so a position is one number). Packing and prefetching of whole
-batches happen in one background thread; the state that a batch leaves behind travels with it.
+Grain owns the order, the decoding (a random-access dataset, so a position is one number) and the prefetching of whole
+batches: its thread runs the packing, and every batch travels with the state that it leaves behind.
 """
 
 import contextlib
 import dataclasses
 import functools
-import queue
-import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from grain import experimental
 
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example, Layout
@@ -215,17 +214,25 @@ class BatchIterator:
         self._max_broken = max_broken
         self._prefetch = max(1, prefetch)
         self._state: dict[str, Any] = {"position": None, "seen": 0, "skipped": 0, "blank": 0, "broken": []}
-        self._worker: _Worker | None = None
+        self._ahead: experimental.ThreadPrefetchDatasetIterator | None = None
+        self._ended: Exception | None = None
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Batch:
-        if self._worker is None:
+        if self._ended:  # Grain's iterator would go on behind what it raised
+            raise self._ended
+        if self._ahead is None:
             steps = _steps(self._open_samples(), self._state, self._make_packer(), self._drawers, self._max_broken)
-            self._worker = _Worker(steps, self._prefetch)
-            weakref.finalize(self, self._worker.stop)
-        batch, self._state = self._worker.get()
+            self._ahead = experimental.ThreadPrefetchDatasetIterator(_Stateful(steps, self._state), self._prefetch)
+            self._stop = weakref.finalize(self, _stop, self._ahead, steps)
+        try:
+            batch = next(self._ahead)
+        except Exception as problem:
+            self._ended = problem
+            raise
+        self._state = self._ahead.get_state()
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -244,9 +251,34 @@ class BatchIterator:
 
     def close(self) -> None:
         """Ends the background thread; the next batch starts another where the last one stopped."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
+        if self._ahead is not None:
+            self._stop()
+            self._ahead = self._ended = None
+
+
+def _stop(ahead: experimental.ThreadPrefetchDatasetIterator, steps: Generator) -> None:
+    """Returns once the threads have ended, so that two never read one source's state."""
+    ahead.close()
+    steps.close()
+
+
+class _Stateful(Iterator[Batch]):
+    """The batches of `_steps`; `get_state` is that of the last one. Grain's thread asks for both."""
+
+    def __init__(self, steps: Generator[tuple[Batch, dict[str, Any]]], state: dict[str, Any]):
+        self._steps, self._state = steps, state
+
+    def __next__(self) -> Batch:
+        try:
+            batch, self._state = next(self._steps)
+        except Exception:
+            raise
+        except BaseException as problem:  # such as a panic in the tokenizer; Grain's thread hands on Exceptions only
+            raise RuntimeError(f"{type(problem).__name__}: {problem}") from problem
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
 
 
 def _steps(
@@ -316,50 +348,6 @@ def check_broken(state: dict[str, Any], max_broken: float) -> None:
     if seen >= _BROKEN_AFTER and skipped > max_broken * seen:
         examples = "; ".join(state["broken"])
         raise UserError(f"{skipped} of {seen} records are broken, more than {max_broken:.0%}: {examples}")
-
-
-class _Worker:
-    """Runs an iterator in a thread and hands on what it yields, the end of it, or what it raised."""
-
-    def __init__(self, items: Generator, depth: int):
-        self._ready: queue.Queue = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._last: tuple[str, Any] | None = None
-        self._thread = threading.Thread(target=self._run, args=(items,), name="batches", daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Generator) -> None:
-        try:
-            with contextlib.closing(items):
-                for item in items:
-                    if not self._put(("item", item)):
-                        return
-            self._put(("end", StopIteration()))
-        except BaseException as problem:  # raised again where the batch is asked for
-            self._put(("end", problem))
-
-    def _put(self, message: tuple[str, Any]) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(message, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def get(self):
-        if self._last is None:
-            kind, value = self._ready.get()
-            if kind == "item":
-                return value
-            self._last = kind, value
-        raise self._last[1]
-
-    def stop(self) -> None:
-        """Returns once the thread has ended, so that two never read one source's state."""
-        self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
 
 
 def sample_examples(source: Source, layout_fn: LayoutFn, processor: Processor, n: int = 256) -> list[Example]:

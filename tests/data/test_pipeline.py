@@ -1,6 +1,7 @@
 """The iterator of batches: order, epochs, mixtures, processes, resume at any step, broken records."""
 
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -264,12 +265,32 @@ def test_whatever_a_record_raises_it_is_skipped_and_counted_with_its_key(process
 
 
 def test_no_thread_outlives_its_iterator(processor):
-    iterator = make(records(9), processor, epochs=None)
-    next(iterator)
-    worker = iterator._worker._thread
-    del iterator
-    worker.join(10)
-    assert not worker.is_alive() and worker not in threading.enumerate()
+    before = {*threading.enumerate()}
+    for end in (lambda iterator: iterator.close(), lambda iterator: None, lambda iterator: [*iterator]):
+        iterator = make(records(9), processor, epochs=2, own=(0,), threads=2)
+        next(iterator)
+        end(iterator)
+        del iterator
+    gc.collect()
+    for thread in {*threading.enumerate()} - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread
+
+
+@pytest.mark.parametrize("broken", [SystemExit("panic"), KeyboardInterrupt()])
+def test_what_is_no_exception_reaches_the_caller_and_hangs_nobody(processor, broken):
+    def fails(record, index):
+        raise broken
+
+    with pytest.raises(RuntimeError, match=type(broken).__name__):
+        next(make(records(9), processor, layout_fn=fails))
+
+
+def test_an_error_is_raised_again_where_batches_are_asked_for_again(processor):
+    iterator = make([{"key": "k", "images": [b""], "captions": ["x"]}], processor, epochs=1)
+    for _ in range(3):
+        with pytest.raises(UserError, match="no usable record.*'k'"):
+            next(iterator)
 
 
 def test_sampled_examples_choose_budgets_that_hold_the_data(processor):
