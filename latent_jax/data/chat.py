@@ -17,10 +17,10 @@ from latent_jax.config import fields
 from latent_jax.data import images as pixels
 from latent_jax.data import stretches
 from latent_jax.data import tokenizer as tokenizers
+from latent_jax.data.image_readers import ImageDecoder, SizeReader
 from latent_jax.data.images import ImageSpec
 from latent_jax.data.layout import BOUNDARIES, Example, Image, Layout, Part, Text, Video, share_trunk
 from latent_jax.data.messages import normalised, record
-from latent_jax.data.outlines import Drawer, Outliner
 from latent_jax.data.positions import mrope
 from latent_jax.data.stretches import IMAGE_PAD, VIDEO_PAD, Visual
 from latent_jax.errors import UserError, one_line
@@ -203,13 +203,13 @@ class Processor:
 
     # ------------------------------------------------------------ Layout -> Example
 
-    def lay_out(self, layout: Layout, draw: bool = True) -> Example:
+    def lay_out(self, layout: Layout, decode: bool = True) -> Example:
         """Tokens, positions, targets and patches of one layout (see Example for every field).
 
-        Without `draw` images are not decoded and their patches are zeros; everything else is the same.
+        Without `decode` images are not decoded and their patches are zeros; everything else is the same.
         Raises UserError naming the record where an image cannot be read.
         """
-        visuals = self._visuals(layout, Drawer(self.image) if draw else Outliner(self.image))
+        visuals = self._visuals(layout, ImageDecoder(self.image) if decode else SizeReader(self.image))
         stretched = [stretches.stretch(self, parts, visuals, layout.key) for parts in (layout.trunk, *layout.views)]
         positions, end = mrope(stretched[0].spans)
         positions = [positions] + [mrope(each.spans, end)[0] for each in stretched[1:]]
@@ -240,7 +240,7 @@ class Processor:
             target_latents=layout.latents,
         )
 
-    def _visuals(self, layout: Layout, read: Drawer | Outliner) -> dict[int, Visual]:
+    def _visuals(self, layout: Layout, read: ImageDecoder | SizeReader) -> dict[int, Visual]:
         """The images that are shown or predicted, read and patchified once each, in the order of Layout.images."""
         shown = [part for parts in (layout.trunk, *layout.views) for part in parts if isinstance(part, Image | Video)]
         used = {part.index: isinstance(part, Video) for part in shown}

@@ -11,7 +11,7 @@ from latent_jax.data.layout import Example, Room
 from latent_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Drawn = Callable[[], Example | None]
+Decode = Callable[[], Example | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +147,15 @@ class Packer:
     def _open(self) -> None:
         self._fit = FirstFit(self.batch_shape)
         self._empty_step = True
-        self._placed: list[tuple[Drawn, int, int, int]] = []
+        self._placed: list[tuple[Decode, int, int, int]] = []
 
-    def add(self, example: Example, drawn: Drawn | None = None, number: int | None = None) -> Batch | None:
+    def add(self, example: Example, decode: Decode | None = None, number: int | None = None) -> Batch | None:
         """Takes an example; returns the finished batch where it had to open the next step.
 
-        `drawn` gives, when the batch is built, what is written in the example's place (of the same size), or None: the
-        place stays empty. It is asked only where the place is in a group that is built; `mine` says so.
-        `number` is what batch["number"] says of the example; None: how many this packer took before it.
-        Raises UserError (and takes nothing) where the example alone exceeds a budget.
+        `decode()` returns the example to write when the batch is built (of the same size), or None to leave the place
+        empty. It is called only for groups that this host builds; `mine` is whether the last example's is one of them.
+        `number` goes to batch["number"]; None: how many examples this packer took before it.
+        Raises UserError (and takes nothing) where the example alone exceeds a limit of the batch shape.
         """
         size = self.batch_shape.check(example)
         place = self._fit.place(size)
@@ -167,7 +167,7 @@ class Packer:
         self.mine = group in self._built
         if self.mine:
             number = self._count if number is None else number
-            self._placed.append((drawn or (lambda: example), self._built[group], row, number))
+            self._placed.append((decode or (lambda: example), self._built[group], row, number))
         self._count += 1
         self._empty_step = False
         return finished
@@ -215,13 +215,13 @@ def first_fit(lengths: Iterable[int], tokens: int) -> list[tuple[int, int]]:
     return places
 
 
-def _build(placed: Sequence[tuple[Drawn, int, int, int]], batch_shape: BatchShape) -> Batch:
+def _build(placed: Sequence[tuple[Decode, int, int, int]], batch_shape: BatchShape) -> Batch:
     """The arrays of one step."""
     lead = batch_shape.micro * batch_shape.groups
     batch = empty(lead, batch_shape)
     writers = [Writer({name: array[group] for name, array in batch.items()}, batch_shape) for group in range(lead)]
-    for drawn, group, row, number in placed:
-        if (example := drawn()) is not None:
+    for decode, group, row, number in placed:
+        if (example := decode()) is not None:
             writers[group].write(example, row, number=number)
     return {
         name: array.reshape(batch_shape.micro, batch_shape.groups, *array.shape[1:]) for name, array in batch.items()

@@ -45,12 +45,14 @@ class _Broken:
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """A record's outline, which is what packing needs, and how to draw it. `draw` raises UserError for what only
-    decoding finds; the place that the record has by then stays empty, since no other host can know of it in time.
-    `number` is its place in the global order."""
+    """A record sized from its file headers, which is enough to pack it, and a function that decodes it.
 
-    outline: Example
-    draw: Callable[[], Example]
+    If decoding fails (UserError), its place in the batch stays empty: other hosts have already packed around it.
+    `number` is its place in the global order.
+    """
+
+    sized: Example
+    decode: Callable[[], Example]
     number: int
 
 
@@ -125,8 +127,8 @@ def _ordered(source: Source, seed: int, shuffle: bool, epochs: int | None) -> gr
 def _lay_out(
     layout_fn: LayoutFn, processor: Processor, batch_shape: BatchShape, shared: bool, index: int, record: dict
 ) -> "_Sample | _Broken":
-    """A record measured, and drawn too unless the groups are `shared` by hosts: then only its own host draws it."""
-    drawn = None
+    """A sized record. Where one host has all groups it is decoded here, `shared` ones on the host of their group."""
+    failed = None
     try:
         with telling(record):
             layout = layout_fn(record, int(index))
@@ -137,15 +139,15 @@ def _lay_out(
                         batch_shape.check(example)
                         return _Sample(example, lambda: example, int(index))
                 except UserError as caught:
-                    drawn = caught
-            outline = processor.lay_out(layout, draw=False)
-            batch_shape.check(outline)
+                    failed = caught
+            sized = processor.lay_out(layout, decode=False)
+            batch_shape.check(sized)
     except UserError as caught:
-        return _Broken(str(drawn or caught))
-    return _Sample(outline, functools.partial(_draw, processor, layout, size_of(outline)), int(index))
+        return _Broken(str(failed or caught))
+    return _Sample(sized, functools.partial(_decode, processor, layout, size_of(sized)), int(index))
 
 
-def _draw(processor: Processor, layout: Layout, size: Size) -> Example:
+def _decode(processor: Processor, layout: Layout, size: Size) -> Example:
     with telling({"key": layout.key}):
         example = processor.lay_out(layout)
         if size_of(example) != size:
@@ -197,20 +199,20 @@ class BatchIterator:
     followed, bit for bit. `skipped` counts the broken records before the last batch handed out.
 
     In the state, `position`, `seen` and `skipped` are those of the global order, the same on every host. `blank` counts
-    broken records that only decoding found, in this host's groups: the sum over hosts is what one host would have.
+    the records whose decoding failed, in this host's groups; the sum over hosts is the count of a single host.
     """
 
     def __init__(
         self,
         open_samples: Callable[[], Iterator],
         make_packer: Callable[[], Packer],
-        drawers: int,
+        decoders: int,
         max_broken: float,
         prefetch: int,
     ):
         self._open_samples = open_samples
         self._make_packer = make_packer
-        self._drawers = drawers
+        self._decoders = decoders
         self._max_broken = max_broken
         self._prefetch = max(1, prefetch)
         self._state: dict[str, Any] = {"position": None, "seen": 0, "skipped": 0, "blank": 0, "broken": []}
@@ -224,7 +226,7 @@ class BatchIterator:
         if self._ended:  # Grain's iterator would go on behind what it raised
             raise self._ended
         if self._ahead is None:
-            steps = _steps(self._open_samples(), self._state, self._make_packer(), self._drawers, self._max_broken)
+            steps = _steps(self._open_samples(), self._state, self._make_packer(), self._decoders, self._max_broken)
             self._ahead = experimental.ThreadPrefetchDatasetIterator(_Stateful(steps, self._state), self._prefetch)
             self._stop = weakref.finalize(self, _stop, self._ahead, steps)
         try:
@@ -282,55 +284,55 @@ class _Stateful(Iterator[Batch]):
 
 
 def _steps(
-    samples: Iterator, state: dict[str, Any], packer: Packer, drawers: int, max_broken: float
+    samples: Iterator, state: dict[str, Any], packer: Packer, decoders: int, max_broken: float
 ) -> Generator[tuple[Batch, dict[str, Any]]]:
     """(batch, state after it) for every step.
 
     A batch is finished by the first example of the next one. The state is therefore the position *before* that example:
-    it is read again after a resume, and the packer's contents never need storing. `drawers` threads draw what stands in
-    this host's groups from the moment that its place is known; 0 draws when the batch is built.
+    it is read again after a resume, and the packer's contents never need storing. `decoders` threads decode the records
+    of this host's groups, each as soon as its place is known; with 0 they are decoded when the batch is built.
     """
     if state["position"] is not None:
         samples.set_state(state["position"])
     counts = {name: state[name] for name in ("seen", "skipped", "blank", "broken")}
     before = {**counts, "position": samples.get_state()}
-    blanks: list[str] = []  # filled while a batch is built
+    failures: list[str] = []  # of decoding; filled while a batch is built
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(futures.ThreadPoolExecutor(drawers)) if drawers else None
+        pool = stack.enter_context(futures.ThreadPoolExecutor(decoders)) if decoders else None
         for sample in samples:
             counts = {**counts, "seen": counts["seen"] + 1}
             if isinstance(sample, _Broken):
                 counts = _counted(counts, "skipped", [sample.message], max_broken)
             else:
-                drawn = _Drawn(sample.draw, blanks)
-                batch = packer.add(sample.outline, drawn, sample.number)
+                decoding = _Decoding(sample.decode, failures)
+                batch = packer.add(sample.sized, decoding, sample.number)
                 if pool and packer.mine:
-                    drawn.start(pool)
+                    decoding.start(pool)
                 if batch is not None:
-                    counts = _counted(counts, "blank", blanks, max_broken)
+                    counts = _counted(counts, "blank", failures, max_broken)
                     yield batch, {**before, **{name: counts[name] for name in ("blank", "broken")}}
-                    blanks.clear()
+                    failures.clear()
             before = {**counts, "position": samples.get_state()}
         if (batch := packer.flush()) is not None:
-            yield batch, _counted(before, "blank", blanks, max_broken)
+            yield batch, _counted(before, "blank", failures, max_broken)
         elif 0 < counts["skipped"] == counts["seen"]:
             raise UserError(f"no usable record: all {counts['seen']} are broken: {'; '.join(counts['broken'])}")
 
 
-class _Drawn:
-    """What is to be written in a placed example's slot: drawn in a thread, or when asked. None where that fails."""
+class _Decoding:
+    """Decodes a placed example, in a thread after `start`, else when called. Returns None if that fails."""
 
-    def __init__(self, draw: Callable[[], Example], blanks: list[str]):
-        self._draw, self._blanks = draw, blanks
+    def __init__(self, decode: Callable[[], Example], failures: list[str]):
+        self._decode, self._failures = decode, failures
 
     def start(self, pool: futures.Executor) -> None:
-        self._draw = pool.submit(self._draw).result
+        self._decode = pool.submit(self._decode).result
 
     def __call__(self) -> Example | None:
         try:
-            return self._draw()
+            return self._decode()
         except UserError as problem:
-            self._blanks.append(str(problem))
+            self._failures.append(str(problem))
             return None
 
 
@@ -351,7 +353,7 @@ def check_broken(state: dict[str, Any], max_broken: float) -> None:
 
 
 def sample_examples(source: Source, layout_fn: LayoutFn, processor: Processor, n: int = 256) -> list[Example]:
-    """Examples from all over a source, in order, for budgeting.choose. Their pixels are dropped, their shapes are not.
+    """Examples from all over a source, in order, for batch_shapes.choose: their shapes, without their pixels.
 
     Broken records are left out; UserError naming the first of them where nothing is left.
     """

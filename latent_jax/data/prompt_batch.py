@@ -15,7 +15,7 @@ from latent_jax.data.layout import Example, Room
 TOKENS, PATCHES = 32, 64
 
 
-class Rows(NamedTuple):
+class PromptBatch(NamedTuple):
     """R prompts in B rows of T tokens, with the images of all of them in one group.
 
     `batch` is what training sees of one micro-step with G = 1 and E = R; its `number` is the prompt's place.
@@ -37,7 +37,7 @@ def bucket(size: int, least: int = 1) -> int:
     return least * (power * 3 // 4 if power >= 4 and multiple <= power * 3 // 4 else power)
 
 
-def one_per_row(examples: Sequence[Example], config) -> Rows:
+def one_per_row(examples: Sequence[Example], config) -> PromptBatch:
     """Lays prompts out one a row; R and B are their number.
 
     Args:
@@ -46,10 +46,10 @@ def one_per_row(examples: Sequence[Example], config) -> Rows:
     """
     T = bucket(max(len(e.tokens) for e in examples), TOKENS)
     R = len(examples)
-    return _rows(examples, [(r, 0) for r in range(R)], (R, T), (R, T), config)
+    return _prompt_batch(examples, [(r, 0) for r in range(R)], (R, T), (R, T), config)
 
 
-def packed(examples: Sequence[Example], config) -> Rows:
+def packed(examples: Sequence[Example], config) -> PromptBatch:
     """As one_per_row, several prompts a row where they fit: short ones do not pay for the longest. R, B, T and U are
     buckets."""
     U = bucket(max(len(e.tokens) for e in examples), TOKENS)
@@ -57,7 +57,7 @@ def packed(examples: Sequence[Example], config) -> Rows:
     # Fewest tokens; then the shortest rows, since attention looks at whole rows.
     T = min(tried, key=lambda T: (bucket(1 + max(row for row, _ in tried[T])) * T, T))
     B = bucket(1 + max(row for row, _ in tried[T]))
-    return _rows(examples, tried[T], (B, T), (bucket(len(examples)), U), config)
+    return _prompt_batch(examples, tried[T], (B, T), (bucket(len(examples)), U), config)
 
 
 def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
@@ -67,12 +67,12 @@ def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
     return [place for _, place in sorted(zip(longest_first, places, strict=True))]
 
 
-def _rows(
+def _prompt_batch(
     examples: Sequence[Example], starts: list[tuple[int, int]], shape: tuple[int, int], prompts: tuple[int, int], config
-) -> Rows:
+) -> PromptBatch:
     """Writes every example at its (row, token) into B rows of T tokens; `prompts` are R and U."""
     (B, T), (R, U) = shape, prompts
-    batch_shape = _budgets(examples, B, T, R, config)
+    batch_shape = _batch_shape(examples, B, T, R, config)
     batch = packing.empty(1, batch_shape)
     writer = packing.Writer({name: array[0] for name, array in batch.items()}, batch_shape)
     places, lengths, following = np.zeros((R, U), np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
@@ -80,10 +80,10 @@ def _rows(
         writer.write(example, row, first, number)
         lengths[number], following[number] = len(example.tokens), next_position(example)
         places[number] = row * T + first + np.minimum(np.arange(U), len(example.tokens) - 1)
-    return Rows(batch, places, lengths, following, batch_shape.image_patches)
+    return PromptBatch(batch, places, lengths, following, batch_shape.image_patches)
 
 
-def _budgets(examples: Sequence[Example], B: int, T: int, R: int, config) -> packing.BatchShape:
+def _batch_shape(examples: Sequence[Example], B: int, T: int, R: int, config) -> packing.BatchShape:
     """Room for these prompts, in buckets."""
     unit, window = config.vision.merge_unit, config.vision.window_patches
     sizes = [packing.size_of(example) for example in examples]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt32
 
 from latent_jax.data.layout import Example
-from latent_jax.data.prompt_batch import Rows, bucket, given_features, packed
+from latent_jax.data.prompt_batch import PromptBatch, bucket, given_features, packed
 from latent_jax.data.prompt_batch import one_per_row as one_per_row
 from latent_jax.errors import UserError
 from latent_jax.models.heads import LatentVLM
@@ -191,7 +191,7 @@ def _likelihoods(model: LatentVLM, batch, given, *, image_patches: int) -> Float
 
 def generate(
     model: LatentVLM,
-    rows: Rows,
+    rows: PromptBatch,
     given: Float[Array | np.ndarray, "X D"],
     eos: Sequence[int],
     *,

@@ -238,7 +238,7 @@ def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches
     return found | {"text.blocks": layers[:, 0, 0], "text.norm": hidden[0, 0], "logits": model.logits(hidden)[0, 0]}
 
 
-def _named(config: ModelConfig, found: dict[str, jax.Array], rows: decode.Rows) -> dict[str, np.ndarray]:
+def _named(config: ModelConfig, found: dict[str, jax.Array], rows: decode.PromptBatch) -> dict[str, np.ndarray]:
     """Activations by layer name without padding. Patches stand in window order on both sides."""
     patches = int((rows.batch["patch_image"] > 0).sum())
     real = {"vision": patches, "vision.merger": patches // config.vision.merge_unit}

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from latent_jax.data import batch_shapes, outlines, packing, pipeline
+from latent_jax.data import batch_shapes, image_readers, packing, pipeline
 from latent_jax.data.layout import Image, Layout, Text
 from latent_jax.data.packing import BatchShape
 from latent_jax.errors import UserError
@@ -195,8 +195,8 @@ def test_a_run_goes_on_with_another_number_of_hosts(processor):
 
 def test_another_hosts_images_are_not_decoded(processor, monkeypatch):
     decoded = []
-    drawn = outlines.Drawer.still
-    monkeypatch.setattr(outlines.Drawer, "still", lambda *given: decoded.append(given[2]) or drawn(*given))
+    decode = image_readers.ImageDecoder.still
+    monkeypatch.setattr(image_readers.ImageDecoder, "still", lambda *given: decoded.append(given[2]) or decode(*given))
     source = [{**record, "key": f"here {record['key']}"} for record in records(24)]
     host = make(source, processor, own=(1,), epochs=1)
     used = sum(batch["example_mask"].sum() for batch in host)

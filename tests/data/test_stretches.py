@@ -74,10 +74,10 @@ def test_a_laid_out_layout_is_what_its_parts_say(processor, shown):
 
 @given(shown=layouts.layouts())
 @settings(max_examples=10, deadline=None)
-def test_an_outline_has_everything_but_the_pixels(processor, shown):
-    drawn, outline = processor.lay_out(Layout(**shown)), processor.lay_out(Layout(**shown), draw=False)
+def test_without_decoding_there_is_everything_but_the_pixels(processor, shown):
+    decoded, sized = processor.lay_out(Layout(**shown)), processor.lay_out(Layout(**shown), decode=False)
     for name in ("tokens", "feature_index", "slots", "reads", "target_image", "target_grid", "loss_weights"):
-        np.testing.assert_array_equal(getattr(drawn, name), getattr(outline, name))
+        np.testing.assert_array_equal(getattr(decoded, name), getattr(sized, name))
 
 
 @given(

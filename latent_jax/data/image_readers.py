@@ -1,7 +1,7 @@
-"""Images as patches in two ways: drawn, with their pixels, or in outline, which only reads their size.
+"""Two image readers: `ImageDecoder` decodes and resizes to patches; `SizeReader` reads only the size, from the header,
+and returns zero patches of the same shape.
 
-An outline costs a file header where a drawing costs a decode and a resize. Packing needs sizes only, so a host outlines
-every record and draws those of its own groups.
+Packing needs sizes only. A host reads the size of every image and decodes those of its own groups.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange rows and columns
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawer:
+class ImageDecoder:
     """Patches with their pixels. Sources and errors are those of `images.open_image`."""
 
     spec: ImageSpec
@@ -37,22 +37,22 @@ class Drawer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outliner:
-    """What `Drawer` gives with every pixel 0. What only decoding finds (a truncated file) stays unnoticed."""
+class SizeReader:
+    """The patches of `ImageDecoder` with every pixel 0. It misses what only decoding finds (a truncated file)."""
 
     spec: ImageSpec
 
     def still(self, source: Any, name: str) -> Patches:
-        return self._blank(image_size(source, name), 1, 1)
+        return self._zeros(image_size(source, name), 1, 1)
 
     def video(self, frames: Sequence[Any], name: str) -> Patches:
         sizes = {image_size(frame, name) for frame in frames}
         if len(sizes) != 1:
             raise UserError(f"video: expected frames of one size, got {sorted(sizes)}")
         temporal = self.spec.temporal_patch_size
-        return self._blank(sizes.pop(), math.ceil(len(frames) / temporal), temporal)
+        return self._zeros(sizes.pop(), math.ceil(len(frames) / temporal), temporal)
 
-    def _blank(self, size: tuple[int, int], slices: int, temporal: int) -> Patches:
+    def _zeros(self, size: tuple[int, int], slices: int, temporal: int) -> Patches:
         spec, (width, height) = self.spec, size
         rows, columns = images.smart_resize(height, width, spec.factor, spec.min_pixels, spec.max_pixels)
         grid = (slices, rows // spec.patch_size, columns // spec.patch_size)
@@ -61,9 +61,9 @@ class Outliner:
 
 
 def image_size(source: Any, name: str = "") -> tuple[int, int]:
-    """(width, height) of `images.open_image(source, name)`, of an encoded file from its header alone.
+    """(width, height) of `images.open_image(source, name)`; of an encoded file from its header alone.
 
-    Raises UserError as `open_image` does, but for what only decoding finds.
+    Raises UserError as `open_image` does, except for faults that only decoding finds.
     """
     if isinstance(source, str | os.PathLike) and os.path.isfile(source):
         where = f"{name}: {source}" if name else str(source)

@@ -1,4 +1,4 @@
-"""An outline is the drawing without its pixels, whatever the file, and is made without decoding."""
+"""The two readers agree on everything but the pixels, whatever the file, and one of them does not decode."""
 
 import dataclasses
 import io
@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from latent_jax.data.image_readers import ImageDecoder, SizeReader, image_size
 from latent_jax.data.images import ImageSpec
-from latent_jax.data.outlines import Drawer, Outliner, image_size
 from latent_jax.errors import UserError
 
 SPEC = ImageSpec(min_pixels=28 * 28)
@@ -24,9 +24,9 @@ def encoded(size, kind, orientation=None, mode="RGB"):
     return buffer.getvalue()
 
 
-def assert_outlines(drawn, outlined):
-    for field in dataclasses.fields(drawn):
-        one, other = getattr(drawn, field.name), getattr(outlined, field.name)
+def assert_same_but_pixels(decoded, sized):
+    for field in dataclasses.fields(decoded):
+        one, other = getattr(decoded, field.name), getattr(sized, field.name)
         if field.name == "patches":
             assert one.shape == other.shape and one.dtype == other.dtype and not np.any(other)
         else:
@@ -37,10 +37,10 @@ def assert_outlines(drawn, outlined):
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_stills(kind, orientation, tmp_path):
     data = encoded((120, 61), kind, orientation)
-    drawn = Drawer(SPEC).still(data, "x")
-    assert_outlines(drawn, Outliner(SPEC).still(data, "x"))
+    decoded = ImageDecoder(SPEC).still(data, "x")
+    assert_same_but_pixels(decoded, SizeReader(SPEC).still(data, "x"))
     (tmp_path / "image").write_bytes(data)
-    assert_outlines(drawn, Outliner(SPEC).still(tmp_path / "image", "x"))
+    assert_same_but_pixels(decoded, SizeReader(SPEC).still(tmp_path / "image", "x"))
 
 
 def test_a_png_that_turns_itself_behind_its_pixels():
@@ -48,22 +48,22 @@ def test_a_png_that_turns_itself_behind_its_pixels():
     start = data.index(b"eXIf") - 4
     length = int.from_bytes(data[start : start + 4], "big") + 12
     late = data[:start] + data[start + length : -12] + data[start : start + length] + data[-12:]
-    assert Drawer(SPEC).still(late, "x").grid == Drawer(SPEC).still(data, "x").grid
-    assert_outlines(Drawer(SPEC).still(late, "x"), Outliner(SPEC).still(late, "x"))
+    assert ImageDecoder(SPEC).still(late, "x").grid == ImageDecoder(SPEC).still(data, "x").grid
+    assert_same_but_pixels(ImageDecoder(SPEC).still(late, "x"), SizeReader(SPEC).still(late, "x"))
 
 
 @pytest.mark.parametrize(
     "source", [np.zeros((40, 90, 3), np.uint8), PIL.Image.new("RGBA", (90, 40))], ids=["array", "pil"]
 )
 def test_images_in_memory(source):
-    assert_outlines(Drawer(SPEC).still(source, "x"), Outliner(SPEC).still(source, "x"))
+    assert_same_but_pixels(ImageDecoder(SPEC).still(source, "x"), SizeReader(SPEC).still(source, "x"))
 
 
 def test_videos():
     frames = [encoded((90, 61), "png") for _ in range(3)]
-    assert_outlines(Drawer(SPEC).video(frames, "x"), Outliner(SPEC).video(frames, "x"))
+    assert_same_but_pixels(ImageDecoder(SPEC).video(frames, "x"), SizeReader(SPEC).video(frames, "x"))
     with pytest.raises(UserError, match="frames of one size"):
-        Outliner(SPEC).video([*frames, encoded((61, 90), "png")], "x")
+        SizeReader(SPEC).video([*frames, encoded((61, 90), "png")], "x")
 
 
 def test_only_the_header_is_read():
@@ -71,7 +71,7 @@ def test_only_the_header_is_read():
         data = encoded((400, 300), kind)[:1000]
         assert image_size(data) == (400, 300)
         with pytest.raises(UserError, match="not a whole image"):
-            Drawer(SPEC).still(data, "x")
+            ImageDecoder(SPEC).still(data, "x")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_only_the_header_is_read():
     [(b"broken", "r1: not an image"), (b"", "r1: not an image"), ("absent.png", "r1: absent.png: no such image file")],
 )
 def test_what_is_no_image_is_named_as_when_drawn(source, message):
-    for read in (Drawer(SPEC), Outliner(SPEC)):
+    for read in (ImageDecoder(SPEC), SizeReader(SPEC)):
         with pytest.raises(UserError, match=message):
             read.still(source, "r1")
     with pytest.raises(UserError, match="r1: 1000x2 pixels"):
-        Outliner(SPEC).still(encoded((1000, 2), "png"), "r1")
+        SizeReader(SPEC).still(encoded((1000, 2), "png"), "r1")
