@@ -85,8 +85,8 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
     lacking = look_ahead(config, method, directory)
     held_out = validation.open_records(config) if config.evaluate.every else []
     if config.data.latent_cache:
-        encoder = target_cache.Encoder(config, method, processor, model_config, origin, mesh)
-        data = list(encoder.beside(data, say=_teller(config)))
+        cache = target_cache.TargetCache(config, method, processor, model_config, origin, mesh)
+        data = list(cache.attach(data, say=_teller(config)))
     config, batch_shape, notes = settle(config, directory, method, processor, model_config, data, mesh, origin)
     notes += lacking
     batches = pipeline.make_dataset(

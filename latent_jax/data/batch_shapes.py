@@ -124,10 +124,11 @@ def _bounds(largest: Size, row_tokens: int, unit: int, fixed: Mapping, named: Ma
 
 def _target(sample: Sequence[Example | Size]) -> dict[str, int | str]:
     """Shape and dtype of the latents that the sample's examples bring along; nothing where they bring none."""
-    for example in sample:
-        if isinstance(example, Example) and (given := example.target_latents) is not None:
-            return dict(target_slots=given.shape[0], target_size=given.shape[1], target_dtype=given.dtype.name)
-    return {}
+    given = [e.target_latents for e in sample if isinstance(e, Example) and e.target_latents is not None]
+    if not given:
+        return {}
+    most = max(given, key=len)  # some have fewer targets
+    return dict(target_slots=len(most), target_size=most.shape[1], target_dtype=most.dtype.name)
 
 
 def fill(sizes: Iterable[Size], batch_shape: BatchShape) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """A latent cache: what the frozen encoder sees of every record of one split, computed once, read by index.
 
 A directory of `cache.json` (what the latents were made from) and shards `latents-00000.npy`, each whole or absent, so
-that a cache whose making was killed goes on at its first missing shard. A row is one record: its latents, and a
-checksum of the image that they are of.
+that a cache whose making was killed goes on at its first missing shard. A row is one record: the latents of its target
+images, and a checksum of these images.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -33,7 +33,7 @@ _DTYPES = {"float32": (np.dtype(np.float32), "<f4"), "bfloat16": (np.dtype(ml_dt
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentCache:
-    """One split's latents, S of size Z a record, float32 or bfloat16.
+    """One split's latents, at most S of size Z a record, float32 or bfloat16.
 
     `made_from` is JSON-able and says all that the latents depend on: dataset, encoder, preprocessing, pooling.
     """
@@ -45,7 +45,9 @@ class LatentCache:
     dtype: str
 
     @classmethod
-    def open(cls, folder: str | Path, made_from: Mapping[str, Any], records: int, shape: tuple[int, int], dtype: str):
+    def open(
+        cls, folder: str | Path, made_from: Mapping[str, Any], records: int, shape: tuple[int, int], dtype: str
+    ) -> "LatentCache":
         """The cache in `folder`, begun there if nothing is. Its shards may still be `missing`.
 
         Raises UserError naming what differs where the folder holds the latents of something else.
@@ -99,23 +101,24 @@ class LatentCache:
         """The records of a shard."""
         return range(shard * self.shard_records, min((shard + 1) * self.shard_records, self.records))
 
-    def write(self, shard: int, rows: Mapping[int, tuple[bytes, np.ndarray]]) -> None:
-        """Writes a shard: record index -> (encoded image, latents (S, Z)). Records without latents are left out."""
+    def write(self, shard: int, rows: Mapping[int, tuple[Sequence[bytes], np.ndarray]]) -> None:
+        """Writes a shard: record index -> (encoded images, their latents (s, Z), s <= S: a record may have fewer images
+        than there is room for). Records without latents are left out."""
         own = self.indices(shard)
         table = np.zeros(len(own), self._row)
-        for index, (image, latents) in rows.items():
+        for index, (images, latents) in rows.items():
             row = table[own.index(index)]
-            row["known"], row["image"] = 1, zlib.crc32(image)
-            row["latents"] = latents.astype(_DTYPES[self.dtype][0]).view(_DTYPES[self.dtype][1])
+            row["known"], row["image"] = 1 + self.shape[0] - len(latents), _checksum(images)
+            row["latents"][: len(latents)] = latents.astype(_DTYPES[self.dtype][0]).view(_DTYPES[self.dtype][1])
         for index, row in zip(own, table, strict=True):
             row["sum"] = _sum(index, row)
         with files.whole(self._file(shard)) as file:
             np.save(file, table)
 
-    def read(self, index: int, image: bytes) -> np.ndarray | None:
-        """The latents (S, Z) of a record; None where it could not be encoded when the cache was made.
+    def read(self, index: int, images: Sequence[bytes]) -> np.ndarray | None:
+        """The latents (s, Z) of a record; None where it could not be encoded when the cache was made.
 
-        Reads from disk what is used, when it is used. Raises UserError where `image` is another than was encoded.
+        Reads from disk what is used, when it is used. Raises UserError where `images` are not those that were encoded.
         """
         shard, place = divmod(index, self.shard_records)
         start, kind = self._offsets[shard]
@@ -127,15 +130,16 @@ class LatentCache:
             raise UserError(f"{self._damaged(shard)} (record {index} is not as it was written)")
         if not row["known"]:
             return None
-        if row["image"] != zlib.crc32(image):
+        if row["image"] != _checksum(images):
             raise UserError(
                 f"{self.folder}: record {index} has another image than when this latent cache was made; set "
                 "config.data.latent_cache to another directory, or delete this one"
             )
-        return row["latents"].view(_DTYPES[self.dtype][0])
+        return row["latents"].view(_DTYPES[self.dtype][0])[: self.shape[0] + 1 - int(row["known"])]
 
     @property
     def _row(self) -> np.dtype:
+        """known: 0 without latents, else 1 + how many of the S are unused. image: checksum of the images."""
         checks = [("known", "<u4"), ("image", "<u4"), ("sum", "<u4")]
         return np.dtype([*checks, ("latents", _DTYPES[self.dtype][1], self.shape)])
 
@@ -192,12 +196,15 @@ class LatentCache:
 
 
 class Cached(Sequence):
-    """A source whose records bring their latents along, as `record["latents"]` (S, Z), where the cache has them."""
+    """A source whose records bring their latents along, as `record["latents"]` (s, Z), where the cache has them.
 
-    def __init__(self, source: Sequence, cache: LatentCache):
+    `images(record)` are the encoded images that a record's latents are of.
+    """
+
+    def __init__(self, source: Sequence, cache: LatentCache, images: Callable[[dict], Sequence[bytes]]):
         if len(source) != cache.records:
             raise ValueError(f"{source!r} has {len(source)} records, {cache.folder} those of {cache.records}")
-        self._source, self._cache = source, cache
+        self._source, self._cache, self._images = source, cache, images
 
     def __len__(self) -> int:
         return len(self._source)
@@ -208,11 +215,23 @@ class Cached(Sequence):
             raise IndexError(f"{self!r} has {len(self)} records, not {index}")
         index %= len(self)
         record = self._source[index]
-        latents = self._cache.read(index, record["images"][0]) if record["images"] else None
+        try:
+            images = self._images(record)
+        except Exception:  # an odd record: laying it out finds the fault again, and skips and counts it
+            return record
+        latents = self._cache.read(index, images) if images else None
         return record if latents is None else {**record, "latents": latents}
 
     def __repr__(self) -> str:
         return f"Cached({self._source!r}, {str(self._cache.folder)!r})"
+
+
+def _checksum(images: Sequence[bytes]) -> int:
+    """CRC-32 of images in their order; that of one alone is of its bytes."""
+    found = zlib.crc32(images[0])
+    for image in images[1:]:
+        found = zlib.crc32(image, zlib.crc32(len(image).to_bytes(8, "little"), found))
+    return found
 
 
 def _sum(index: int, row: np.void) -> int:

@@ -22,7 +22,7 @@ class BatchShape:
     `channels` is c, the values of a patch; `image_patches` the most patches of one temporal slice (0: as `patches`);
     `merge_unit` the patches under one merged token, so that a group has M = patches // merge_unit of those.
     `target_slots`, `target_size` and `target_dtype` are shape and dtype of the latents that examples bring along (from
-    a latent cache); 0: they bring none, targets are computed from images.
+    a latent cache), of all J targets; 0: they bring none, targets are computed from images.
     """
 
     micro: int
@@ -81,11 +81,18 @@ class BatchShape:
         for name in ("regress", "hidden"):
             if getattr(size, name) > getattr(self, name):
                 raise ValueError(f"record {example.key!r}: needs Room({name}=True), which the method has not")
-        given, wanted = example.target_latents, (self.target_slots, self.target_size)
-        if given is not None and (given.shape, given.dtype.name) != (wanted, self.target_dtype):
+        given = example.target_latents
+        if given is not None and not self._holds(given):
             raise ValueError(f"record {example.key!r}: latents {given.dtype.name} {given.shape}, batches hold {self}")
         if given is None and self.target_slots and len(example.target_image):
             raise UserError(f"record {example.key!r}: its image has no latents in the latent cache")
+
+    def _holds(self, given: np.ndarray) -> bool:
+        """Whether an example may bring these latents: of one to J targets."""
+        if not self.target_slots or (given.shape[1:], given.dtype.name) != ((self.target_size,), self.target_dtype):
+            return False
+        each = self.target_slots // max(1, self.targets)
+        return 0 < len(given) <= self.target_slots and len(given) % each == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,9 +342,10 @@ class Writer:
             group["target_image"][place, :count] = example.target_image + self._images
             group["target_grid"][place, :count] = example.target_grid
             group["target_mask"][place, :count] = True
-        if example.target_latents is not None:  # of all targets there is room for
-            group["target_latents"][place] = example.target_latents
-            group["target_mask"][place] = True
+        if (latents := example.target_latents) is not None:  # of some of the targets that there is room for
+            count = self.batch_shape.targets * len(latents) // self.batch_shape.target_slots
+            group["target_latents"][place, : len(latents)] = latents
+            group["target_mask"][place, :count] = True
 
 
 def batches(examples: Iterable[Example], batch_shape: BatchShape) -> Iterator[Batch]:

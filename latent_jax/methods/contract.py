@@ -45,12 +45,14 @@ class Statistics:
 class CachedTargets:
     """What a latent cache keeps for a method (data/latent_cache.py).
 
+    images: (record) -> the encoded images whose latents are kept, in the order of the targets; at most room.targets.
     made_from: (config) -> the settings that decide what is kept, JSON-able.
-    shape: (model config, config) -> (S, Z).
-    layout: (record, config) -> what is encoded.
-    encode: (vision tower, model config, batch, config) -> the targets (G, E, S, Z).
+    shape: (model config, config) -> (S, Z), with S over all targets that an example has room for.
+    layout: (record, config) -> what is encoded: each of `images` a target.
+    encode: (vision tower, model config, batch, config) -> the targets (G, E, S, Z), those of one image side by side.
     """
 
+    images: Callable[[Record], Sequence[bytes]]
     made_from: Callable[[Any], dict]
     shape: Callable[[Any, Any], tuple[int, int]]
     layout: Callable[[Record, Any], Layout]

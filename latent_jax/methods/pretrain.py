@@ -423,6 +423,7 @@ METHOD = Method(
     think=THINK,
     statistics=Statistics(lambda config: config.latent.statistics_examples, fit_layout, fit),
     targets=CachedTargets(
+        images=lambda record: record["images"][:1],
         made_from=lambda config: {"grid": config.latent.grid, "space": config.latent.space},
         shape=lambda model_config, config: (config.latent.grid**2, target_size(model_config, config.latent.space)),
         layout=cache_layout,

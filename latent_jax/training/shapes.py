@@ -110,6 +110,8 @@ def _choose_budgets(config, method, processor: Processor, model_config, data, sh
         named=named_sizes(config.data),
         memory=jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
+    if batch_shape.target_slots:  # of all targets, whatever the sampled records have
+        batch_shape = dataclasses.replace(batch_shape, target_slots=method.targets.shape(model_config, config)[0])
     return batch_shape, notes
 
 

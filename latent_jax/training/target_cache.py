@@ -1,4 +1,4 @@
-"""Fills a latent cache: every image of the training data once through the frozen encoder.
+"""Fills a latent cache: every target image of the training data once through the frozen encoder.
 
 `--config.data.latent_cache=DIR` makes the cache on first use and only reads it after that. A run that is killed while
 the cache is made goes on where it stopped. A record that training would skip (a broken image) gets no latents, and so
@@ -20,7 +20,7 @@ from latent_jax.config.training import mixture
 from latent_jax.data import batch_shapes, packing, pipeline
 from latent_jax.data.chat import Processor
 from latent_jax.data.latent_cache import Cached, LatentCache
-from latent_jax.data.layout import Example
+from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
@@ -36,8 +36,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """Everything that latents depend on, and the mesh that computes them."""
+class TargetCache:
+    """Makes and opens the caches of a run: everything that latents depend on, and the mesh that computes them."""
 
     config: object
     method: Method
@@ -46,19 +46,20 @@ class Encoder:
     origin: Path
     mesh: jax.sharding.Mesh
 
-    def beside(self, data, say: Callable[[str], None]) -> list[tuple[Cached, float]]:
-        """[(source, weight), ...] with its latents beside every record, from caches in `config.data.latent_cache`.
+    def attach(self, data: Sequence[tuple[Sequence, float]], say: Callable[[str], None]) -> list[tuple[Cached, float]]:
+        """[(source, weight), ...] with latents attached to every record, from caches in `config.data.latent_cache`.
 
         A source's cache lies in DIR/NAME-SPLIT; what is missing of it is made first. Raises UserError where the method
         has no latent targets, or where a cache was made from something else.
         """
-        if not self.method.targets:
+        if not self.method.targets or not self.method.room(self.config).targets:
             raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
         names = [name for name, _ in mixture(self.config.data.name)]
         caches = [self.open(name, len(source)) for name, (source, _) in zip(names, data, strict=True)]
         for cache, (source, _) in zip(caches, data, strict=True):
             self.fill(cache, source, say)
-        return [(Cached(source, cache), weight) for cache, (source, weight) in zip(caches, data, strict=True)]
+        images = self.method.targets.images
+        return [(Cached(source, cache, images), weight) for cache, (source, weight) in zip(caches, data, strict=True)]
 
     def open(self, name: str, records: int) -> LatentCache:
         """The cache of one source, checked against all that its latents depend on.
@@ -97,7 +98,7 @@ class Encoder:
         run = self.compiled(batch_shape)
         seen = known = 0
         for shard in missing:
-            rows = self.rows(source, cache.indices(shard), batch_shape, run)
+            rows = self.encoded(source, cache.indices(shard), batch_shape, run)
             cache.write(shard, rows)
             seen, known = seen + len(cache.indices(shard)), known + len(rows)
             if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
@@ -113,13 +114,15 @@ class Encoder:
         sizes = [packing.size_of(example) for example in sample]
         patches = max(1.0, np.mean([size.patches for size in sizes]))
         passes = -(-cache.shard_records // (groups * max(1, min(_EXAMPLES, int(_PATCHES / patches)))))
-        return batch_shapes.choose(
+        chosen = batch_shapes.choose(
             sizes,
             batch_size=groups * -(-cache.shard_records // (groups * passes)),
             groups=groups,
             window_patches=vision.window_patches,
             merge_unit=vision.merge_unit,
         )
+        # Room for all targets, whatever the sampled records have: the shape of a row is made of it.
+        return dataclasses.replace(chosen, targets=self.method.room(config).targets)
 
     def compiled(self, batch_shape: packing.BatchShape) -> Callable:
         """Batch -> targets (G, E, S, Z), for passes of this shape. Loads the encoder."""
@@ -143,26 +146,32 @@ class Encoder:
         place = sharding.batch_sharding(self.mesh)
         return lambda batch: run(arrays, jax.device_put(batch, place))
 
-    def rows(self, source: Sequence, indices: range, batch_shape, run) -> dict[int, tuple[bytes, np.ndarray]]:
-        """{record index: (encoded image, latents (S, Z))} of a shard, without the records that training would skip."""
-        order: list[tuple[int, bytes]] = []
-        found: dict[int, tuple[bytes, np.ndarray]] = {}
+    def encoded(
+        self, source: Sequence, indices: range, batch_shape: packing.BatchShape, run: Callable
+    ) -> dict[int, tuple[Sequence[bytes], np.ndarray]]:
+        """{record index: (encoded images, latents (s, Z))} of a shard, without the records that training would skip.
+
+        s is the share of S that belongs to the record's targets.
+        """
+        order: list[tuple[int, Sequence[bytes]]] = []
+        found: dict[int, tuple[Sequence[bytes], np.ndarray]] = {}
 
         def usable() -> Iterator[Example]:
-            for index, image, example in self._examples(source, indices, batch_shape):
+            for index, images, example in self._examples(source, indices, batch_shape):
                 if example is not None:
-                    order.append((index, image))
+                    order.append((index, images))
                     yield example
 
-        def collect(latents, mask, numbers) -> None:
+        def collect(latents: jax.Array, targets: np.ndarray, numbers: np.ndarray) -> None:
             latents = np.asarray(latents)
-            for group, place in np.argwhere(mask):
-                index, image = order[numbers[group, place]]
-                found[index] = image, latents[group, place]
+            for group, place in np.argwhere(targets.any(-1)):
+                index, images = order[numbers[group, place]]
+                share = latents.shape[2] * targets[group, place].sum() // targets.shape[-1]
+                found[index] = images, latents[group, place, :share]
 
         pending = None
         for batch in packing.batches(usable(), batch_shape):
-            started = run(batch), batch["example_mask"][0], batch["number"][0]
+            started = run(batch), batch["target_mask"][0], batch["number"][0]
             if pending:  # fetched one late, so that the device never waits for the host
                 collect(*pending)
             pending = started
@@ -170,27 +179,29 @@ class Encoder:
             collect(*pending)
         return found
 
-    def _examples(self, source: Sequence, indices: range, batch_shape) -> Iterator[tuple[int, bytes, Example | None]]:
-        """(index, encoded image, Example), decoded by threads, a few ahead; no Example for what training would skip."""
+    def _examples(
+        self, source: Sequence, indices: range, batch_shape: packing.BatchShape
+    ) -> Iterator[tuple[int, Sequence[bytes], Example | None]]:
+        """(index, encoded images, Example), decoded by threads, a few ahead; no Example if training would skip it."""
 
-        def one(index: int):
+        def one(index: int) -> tuple[int, Sequence[bytes], Example | None]:
             record = source[index]
-            if not record["images"]:
-                return index, b"", None
             try:
                 with pipeline.telling(record):
-                    example = self.processor.lay_out(self._layout(record, index))
-                    batch_shape.check(example)
+                    images = self.method.targets.images(record)
+                    example = self.processor.lay_out(self._layout(record, index)) if images else None
+                    if example is not None:
+                        batch_shape.check(example)
             except UserError:
-                example = None
-            return index, record["images"][0], example
+                return index, (), None
+            return index, images, example
 
         ahead = 8 * self.config.data.threads
         with ThreadPoolExecutor(self.config.data.threads) as pool:
             for at in range(0, len(indices), ahead):
                 yield from pool.map(one, indices[at : at + ahead])
 
-    def _layout(self, record: dict, index: int):
+    def _layout(self, record: dict, index: int) -> Layout:
         return self.method.targets.layout(record, self.config)
 
 

@@ -1,6 +1,7 @@
 """The latent cache's files: what comes back, what is refused, and what is left of a making that was killed."""
 
 import os
+import zlib
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -34,7 +35,7 @@ def latents(index):
 
 def fill(cache, without=()):
     for shard in cache.missing():
-        cache.write(shard, {i: (image(i), latents(i)) for i in cache.indices(shard) if i not in without})
+        cache.write(shard, {i: ([image(i)], latents(i)) for i in cache.indices(shard) if i not in without})
 
 
 class Records(Sequence):
@@ -54,7 +55,7 @@ def test_what_was_written_is_read_record_by_record(tmp_path, dtype):
     assert cache.missing() == [] and [len(cache.indices(shard)) for shard in range(cache.shards)] == [4, 4, 3]
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     for index in reversed(range(RECORDS)):
-        found = cache.read(index, image(index))
+        found = cache.read(index, [image(index)])
         assert found.dtype == kind
         np.testing.assert_array_equal(found, latents(index).astype(kind))
 
@@ -62,26 +63,58 @@ def test_what_was_written_is_read_record_by_record(tmp_path, dtype):
 def test_records_bring_their_latents_where_the_cache_has_them(tmp_path):
     cache = opened(tmp_path)
     fill(cache, without=(1, 4))
-    source = Cached(Records(), cache)
+    source = Cached(Records(), cache, lambda record: record["images"][:1])
     assert [("latents" in record) for record in source] == [i not in (1, 4, RECORDS - 1) for i in range(RECORDS)]
     np.testing.assert_array_equal(source[-2]["latents"], latents(RECORDS - 2))
     with pytest.raises(IndexError):
         source[RECORDS]
 
 
+def test_a_record_has_the_latents_of_all_its_images(tmp_path):
+    """Two images of two latents each, or one of them."""
+    cache = opened(tmp_path)
+    pair = [image(0), image(1)]
+    cache.write(0, {0: (pair, latents(0)), 1: ([image(1)], latents(1)[:2])})
+    for shard in cache.missing():
+        cache.write(shard, {})
+    np.testing.assert_array_equal(cache.read(0, pair), latents(0))
+    np.testing.assert_array_equal(cache.read(1, [image(1)]), latents(1)[:2])
+    for other in ([image(1), image(0)], [image(0)], [image(0) + image(1)], [*pair, image(1)]):
+        with pytest.raises(UserError, match="record 0 has another image"):
+            cache.read(0, other)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_cache_of_one_image_a_record_is_read_as_it_was_written(tmp_path, summed):
+    """Rows as they have always been: 1, the image's CRC-32, and lately a checksum of the row."""
+    cache = opened(tmp_path)
+    sums = [("sum", "<u4")] if summed else []
+    kind = np.dtype([("known", "<u4"), ("image", "<u4"), *sums, ("latents", "<f4", SHAPE)])
+    for shard in cache.missing():
+        table = np.zeros(len(cache.indices(shard)), kind)
+        for row, index in zip(table, cache.indices(shard)):
+            row["known"], row["image"], row["latents"] = 1, zlib.crc32(image(index)), latents(index)
+            if summed:
+                head = zlib.crc32(np.array([index, 1, row["image"]], "<u8").tobytes())
+                row["sum"] = zlib.crc32(latents(index).tobytes(), head)
+        np.save(tmp_path / f"latents-{shard:05}.npy", table)
+    for index in range(RECORDS):
+        np.testing.assert_array_equal(opened(tmp_path).read(index, [image(index)]), latents(index))
+
+
 def test_a_making_that_was_killed_goes_on_with_the_shards_that_are_missing(tmp_path, monkeypatch):
     cache = opened(tmp_path)
-    cache.write(1, {i: (image(i), latents(i)) for i in cache.indices(1)})
+    cache.write(1, {i: ([image(i)], latents(i)) for i in cache.indices(1)})
     # A kill while a shard is written leaves no file by its name.
     monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cache.write(0, {0: (image(0), latents(0))})
+        cache.write(0, {0: ([image(0)], latents(0))})
     monkeypatch.undo()
     monkeypatch.setattr(latent_cache, "_SHARD_RECORDS", 4)
     again = opened(tmp_path)
     assert again.missing() == [0, 2]
     with pytest.raises(UserError, match=r"latents-00000.npy: missing"):
-        again.read(5, image(5))
+        again.read(5, [image(5)])
     kept = (tmp_path / "latents-00001.npy").stat().st_mtime_ns
     fill(again)
     assert (tmp_path / "latents-00001.npy").stat().st_mtime_ns == kept
@@ -109,7 +142,7 @@ def test_other_records_and_other_images_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"records \(11 there, 12 here\)"):
         LatentCache.open(tmp_path, MADE_FROM, RECORDS + 1, SHAPE, "float32")
     with pytest.raises(UserError, match="record 3 has another image"):
-        cache.read(3, image(4))
+        cache.read(3, [image(4)])
 
 
 def test_directories_and_files_that_are_no_cache_are_named(tmp_path):
@@ -136,9 +169,9 @@ def test_latents_that_are_not_as_they_were_written_are_refused(tmp_path):
     data[-100:] = bytes(100)
     shard.write_bytes(data)
     cache = opened(tmp_path)
-    assert cache.read(1, image(1)) is None
+    assert cache.read(1, [image(1)]) is None
     with pytest.raises(UserError, match=r"latents-00000.npy: damaged; delete it, and it is made again"):
-        cache.read(3, image(3))
+        cache.read(3, [image(3)])
 
 
 def test_a_shard_of_large_latents_is_cut_by_its_bytes(tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_run_from_a_cache_has_the_losses_of_one_that_computes_its_targets(
     ]
     made = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     data = train.open_data(config, "train")
-    [(source, _)] = encoder(config).beside(data, pytest.fail)
+    [(source, _)] = caches(config).attach(data, pytest.fail)
     assert all("latents" in record for record in source)
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == made
 
@@ -128,18 +128,18 @@ class Pictures(Sequence):
         return {"key": f"r{index}", "images": self.images[index], "captions": ["a red ball"], "questions": []}
 
 
-def encoder(config, mesh=None) -> target_cache.Encoder:
+def caches(config, mesh=None) -> target_cache.TargetCache:
     origin = Path(config.model.path)
     processor = Processor.from_directory(origin)
     model_config = dataclasses.replace(
         from_json(origin / "config.json"), image_mean=processor.image.mean, image_std=processor.image.std
     )
-    return target_cache.Encoder(
+    return target_cache.TargetCache(
         config, pretrain.METHOD, processor, model_config, origin, mesh or sharding.make_mesh(2, 4, 1)
     )
 
 
-def one_by_one(made: target_cache.Encoder, source) -> dict[int, np.ndarray]:
+def one_by_one(made: target_cache.TargetCache, source) -> dict[int, np.ndarray]:
     """Every image alone in a batch, through the whole model's encoder."""
     found = {}
     setup = state.make_setup(
@@ -162,8 +162,8 @@ def one_by_one(made: target_cache.Encoder, source) -> dict[int, np.ndarray]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cached_latents_are_those_of_each_image_alone(scenes, tmp_path, dtype):
     config = make_config(scenes, tmp_path, model=dict(compute_dtype=dtype), data=dict(sample=20))
-    made, source = encoder(config), Pictures(10)
-    [(cached, weight)] = made.beside([(source, 1.0)], lambda line: None)
+    made, source = caches(config), Pictures(10)
+    [(cached, weight)] = made.attach([(source, 1.0)], lambda line: None)
     assert weight == 1.0
     assert [index for index, record in enumerate(cached) if "latents" not in record] == [2, 5]
     for index, want in one_by_one(made, source).items():
@@ -177,8 +177,8 @@ def test_cached_latents_are_those_of_each_image_alone(scenes, tmp_path, dtype):
 def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp_path):
     """A broken image, and one larger than those that sizes were chosen from."""
     config = make_config(scenes, tmp_path, data=dict(sample=4, replay=0.0))
-    made, source = encoder(config), Pictures(9)
-    [(cached, _)] = made.beside([(source, 1.0)], lambda line: None)
+    made, source = caches(config), Pictures(9)
+    [(cached, _)] = made.attach([(source, 1.0)], lambda line: None)
     messages = {}
     layout = shapes.layout_of(pretrain.METHOD, config, made.processor)
     batch_shape = batch_shapes.choose(pipeline.sample_examples(cached, layout, made.processor, 4), batch_size=8)
@@ -193,7 +193,7 @@ def test_what_has_no_latents_is_skipped_and_named_as_without_a_cache(scenes, tmp
 
 def test_a_cache_belongs_to_its_encoder_and_its_method(scenes, tmp_path):
     config = make_config(scenes, tmp_path)
-    encoder(config).open("scenes", 9)
+    caches(config).open("scenes", 9)
     for changes, words in (
         (dict(latent=dict(grid=2)), r"latent.grid \(3 there, 2 here\), shape"),
         (dict(latent=dict(space="encoder")), r"latent.space \(merged there, encoder here\)"),
@@ -201,10 +201,10 @@ def test_a_cache_belongs_to_its_encoder_and_its_method(scenes, tmp_path):
         (dict(model=dict(compute_dtype="bfloat16")), r"dtype \(float32 there, bfloat16 here\)"),
     ):
         with pytest.raises(UserError, match=rf"made from something else: .*{words}"):
-            encoder(make_config(scenes, tmp_path, **changes)).open("scenes", 9)
-    without = dataclasses.replace(encoder(config), method=sft.METHOD)
+            caches(make_config(scenes, tmp_path, **changes)).open("scenes", 9)
+    without = dataclasses.replace(caches(config), method=sft.METHOD)
     with pytest.raises(UserError, match="has no latent targets to keep"):
-        without.beside([], lambda line: None)
+        without.attach([], lambda line: None)
     for changes in (dict(trainable="all"), dict(init="random")):
         with pytest.raises(UserError, match="config.data.latent_cache: got .* frozen encoder"):
             make_config(scenes, tmp_path, model=changes)
