@@ -166,6 +166,15 @@ class Room:
     hidden: bool = False
 
 
+def with_learned_slots(layout: Layout) -> Layout:
+    """The layout with learned embeddings in all its Slots, such as those where imagined latents will stand."""
+
+    def learned(parts: Sequence[Part]) -> tuple[Part, ...]:
+        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
+
+    return dataclasses.replace(layout, trunk=learned(layout.trunk), views=tuple(map(learned, layout.views)))
+
+
 def without_empty(parts: Sequence[Part]) -> list[Part]:
     """The parts without Slots of no token, which are no border of words either."""
     return [part for part in parts if not isinstance(part, Slots) or part.count or part.marks]

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.data.layout import Layout, Room
+from latent_jax.data.layout import Layout, Room, with_learned_slots
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.methods.contract import Batch, HostBatch, Method, Processor, Record, Statistics, Terms
@@ -34,7 +34,7 @@ def layout(record: Record, index: int, config: ImagineConfig, processor: Process
     """Questions about the image as views of it, slots after each question; image -> caption as it is in `sft`."""
     shown = sft.conversations(record, index, config, imagine=True)
     grid = pretrain.imagined_grid(config.latent)
-    return pretrain.with_slots(processor.render_conversations(shown, imagined_grid=grid, key=record["key"]))
+    return with_learned_slots(processor.render_conversations(shown, imagined_grid=grid, key=record["key"]))
 
 
 def room(config: ImagineConfig) -> Room:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from latent_jax.config.fields import option
 from latent_jax.config.training import Config
-from latent_jax.data.layout import Layout, Part, Read, Room, Slots, Text
+from latent_jax.data.layout import Layout, Read, Room, Slots, Text, with_learned_slots
 from latent_jax.data.messages import imagine_parts
 from latent_jax.data.prompts import describe
 from latent_jax.errors import UserError
@@ -299,17 +299,8 @@ def think_layouts(messages: Messages, config: PretrainConfig, processor: Process
             found.append(imagine_layout(part["text"], config.latent))
         else:
             shown = processor.render(messages, add_generation_prompt=True, imagined_grid=imagined_grid(config.latent))
-            found.append(with_slots(shown))
+            found.append(with_learned_slots(shown))
     return found
-
-
-def with_slots(shown: Layout) -> Layout:
-    """A layout with learned slots where imagined latents will stand."""
-
-    def slotted(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
-
-    return dataclasses.replace(shown, trunk=slotted(shown.trunk), views=tuple(map(slotted, shown.views)))
 
 
 def think(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_jax.data.layout import Image, Layout, Slots, Text, Video, share_trunk
+from latent_jax.data.layout import Image, Layout, Slots, Text, Video, share_trunk, with_learned_slots
 from latent_jax.errors import UserError
 
 
@@ -69,3 +69,12 @@ def test_equal_conversations_keep_their_answers_and_predictors_apart():
     _, views = share_trunk([turn("q", "same"), turn("q", "same")])
     for view in views:
         assert flat(view) == flat([Text("assistant\n"), Text("same<|im_end|>", True), Text("\n")])
+
+
+def test_learned_slots_stand_in_trunk_and_views_and_nothing_else_changes():
+    given, written = Slots(2, source="given"), Slots((1, 3), marks=False, source="written")
+    layout = Layout((b"x",), (Text("a"), given), ((Image(0), written), (Text("b"),)), targets=(0,), key="r1")
+    found = with_learned_slots(layout)
+    assert found == Layout(
+        (b"x",), (Text("a"), Slots(2)), ((Image(0), Slots((1, 3), marks=False)), (Text("b"),)), targets=(0,), key="r1"
+    )

@@ -24,7 +24,7 @@ from latent_jax import convert, evaluate, methods, train
 from latent_jax.config import schema
 from latent_jax.config.fields import option
 from latent_jax.data.builders.build import build_scenes
-from latent_jax.data.layout import Room, Slots
+from latent_jax.data.layout import Room, with_learned_slots
 from latent_jax.data.messages import imagine_parts
 from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
@@ -68,14 +68,7 @@ class Head(nnx.Module):
 
 def layout(record, index, config, processor):
     shown = sft.conversations(record, index, config, imagine=True)
-    return learned(processor.render_conversations(shown, imagined_grid=config.toy.count, key=record["key"]))
-
-
-def learned(shown):
-    def each(parts):
-        return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
-
-    return dataclasses.replace(shown, trunk=each(shown.trunk), views=tuple(map(each, shown.views)))
+    return with_learned_slots(processor.render_conversations(shown, imagined_grid=config.toy.count, key=record["key"]))
 
 
 def predicted(model: LatentVLM, batch, config, questions: int, options):
@@ -102,7 +95,7 @@ def loss(model: LatentVLM, batch, config):
 def thought_over(messages, config, processor, variant):
     assert variant in ("own", "doubled")
     shown = processor.render(messages, add_generation_prompt=True, imagined_grid=config.toy.count)
-    return [learned(shown) for _ in imagine_parts(messages)]
+    return [with_learned_slots(shown) for _ in imagine_parts(messages)]
 
 
 def think(model, batch, config, keys, temperature):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from latent_jax.data.layout import Text
+from latent_jax.data.layout import Text, with_learned_slots
 from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.inference import decode
 from latent_jax.methods import imagine, pretrain, sft
@@ -58,7 +58,7 @@ def alone(content, answer) -> tuple[float, int]:
     processor, vlm, head = small.processor(), model().vlm, model().head
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     shown = processor.render(messages)
-    first = processor.lay_out(pretrain.with_slots(shown))
+    first = processor.lay_out(with_learned_slots(shown))
     features = jnp.zeros((1, 64))
     if len(first.slots):
         rows = decode.one_per_row([first], vlm.config)
