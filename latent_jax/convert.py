@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latent_jax import methods
 from latent_jax.config import schema
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import PROCESSORS

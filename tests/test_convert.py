@@ -12,7 +12,7 @@ import torch
 
 from latent_jax import convert
 from latent_jax.config import schema
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.card import stated_license

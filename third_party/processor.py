@@ -14,7 +14,8 @@ import PIL.Image
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from latent_jax.data.images import open_image, read_json
+from latent_jax.data.image_spec import read_json
+from latent_jax.data.images import open_image
 from latent_jax.errors import UserError
 
 IGNORED = -100  # torch's word for a token without loss

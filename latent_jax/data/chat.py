@@ -18,7 +18,7 @@ from latent_jax.data import images as pixels
 from latent_jax.data import stretches
 from latent_jax.data import tokenizer as tokenizers
 from latent_jax.data.image_readers import ImageDecoder, SizeReader
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec, read_json
 from latent_jax.data.layout import BOUNDARIES, Example, Image, Layout, Part, Text, Video, share_trunk
 from latent_jax.data.messages import normalised, record
 from latent_jax.data.positions import mrope
@@ -52,7 +52,7 @@ class Processor:
         """Reads tokenizer, preprocessor_config.json and config.json of an HF checkpoint directory."""
         directory = Path(directory)
         image = ImageSpec.from_directory(directory, min_pixels, max_pixels)
-        config, where = pixels.read_json(directory / "config.json"), directory / "config.json"
+        config, where = read_json(directory / "config.json"), directory / "config.json"
         seconds = config["vision_config"].get("tokens_per_second", 4)
         seconds = fields.check(f"{where}: vision_config.tokens_per_second", seconds, float, dict(above=0, high=10**6))
         processor = cls(tokenizers.read(directory), image, seconds)

@@ -17,7 +17,8 @@ import PIL.ExifTags
 import PIL.Image
 
 from latent_jax.data import images
-from latent_jax.data.images import ImageSpec, Patches
+from latent_jax.data.image_spec import ImageSpec
+from latent_jax.data.images import Patches
 from latent_jax.errors import UserError
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange rows and columns

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from latent_jax.data import images as pixels
-from latent_jax.data.images import ImageSpec, Patches
+from latent_jax.data.image_spec import ImageSpec
+from latent_jax.data.images import Patches
 from latent_jax.data.layout import Image, Part, Read, Slots, Text, Video, without_empty
 from latent_jax.data.messages import record
 from latent_jax.data.positions import Grid

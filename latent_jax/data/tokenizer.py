@@ -5,7 +5,7 @@ from pathlib import Path
 
 from latent_jax.config import fields
 from latent_jax.data import templates
-from latent_jax.data.images import read_json
+from latent_jax.data.image_spec import read_json
 from latent_jax.errors import UserError, one_line
 
 _FILES = (

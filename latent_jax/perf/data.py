@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 from latent_jax.data import images
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.perf import theirs, timing
 from latent_jax.perf.timing import Report
 
@@ -23,7 +24,7 @@ def measure(options) -> Report:
     pixels. Ours leaves normalisation and the repeated frame to the device.
     """
     files = [jpeg(seed) for seed in range(FILES)]
-    ours, cores = partial(_ours, spec=images.ImageSpec()), timing.cores()
+    ours, cores = partial(_ours, spec=ImageSpec()), timing.cores()
     sides = {"ours": lambda: [ours(file) for file in files]}
     if options.against == "torch":
         processor = theirs.image_processor()
@@ -52,7 +53,7 @@ def jpeg(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def _ours(file: bytes, spec: images.ImageSpec) -> images.Patches:
+def _ours(file: bytes, spec: ImageSpec) -> images.Patches:
     return images.patchify(images.open_image(file), spec)
 
 

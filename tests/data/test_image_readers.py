@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from latent_jax.data.image_readers import ImageDecoder, SizeReader, image_size
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.errors import UserError
 
 SPEC = ImageSpec(min_pixels=28 * 28)

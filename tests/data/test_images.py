@@ -14,7 +14,8 @@ from transformers.image_utils import load_image
 from transformers.vision_utils import get_vision_window_index
 
 from latent_jax.data import images
-from latent_jax.data.images import ImageSpec, open_image, patchify, patchify_video
+from latent_jax.data.image_spec import ImageSpec
+from latent_jax.data.images import open_image, patchify, patchify_video
 from latent_jax.errors import UserError
 
 SPEC = ImageSpec(min_pixels=56 * 56, max_pixels=300 * 300)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.errors import UserError
 from latent_jax.models import sums
 from latent_jax.models.origin import check_origin, keep_origin

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from latent_jax.data.images import read_json
+from latent_jax.data.image_spec import read_json
 from latent_jax.errors import UserError
 from third_party.processor import Processor
 
