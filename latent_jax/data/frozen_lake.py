@@ -1,12 +1,13 @@
 """Frozen lakes: maps over S (start), F (ice), H (hole), G (goal), one string a row, and ways over them."""
 
 import collections
+from typing import Any
 
 _TILES = {1: "S", 2: "G", -1: "H", 0: "F"}
 MOVES = {"L": (0, -1), "D": (1, 0), "R": (0, 1), "U": (-1, 0)}  # rows down, columns right
 
 
-def read_map(description) -> list[str]:
+def read_map(description: Any) -> list[str]:
     """Rows over S F H G. Raises ValueError where it is no rectangle with one start and one goal."""
     if not isinstance(description, list) or not description or not all(isinstance(row, list) for row in description):
         raise ValueError(f"map_desc {str(description)[:40]}, expected rows of 1, 2, -1 and 0")

@@ -12,7 +12,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import PIL.ExifTags
@@ -88,12 +89,12 @@ def read(file: str | os.PathLike, name: str) -> bytes:
         ) from None
 
 
-def opened(file) -> PIL.Image.Image:
+def opened(file: str | Path | BinaryIO) -> PIL.Image.Image:
     """PIL's image of an encoded file, its header read. Whatever is in none of FORMATS is unknown here."""
     return PIL.Image.open(file, formats=FORMATS)
 
 
-def _decode(file) -> PIL.Image.Image:
+def _decode(file: BinaryIO) -> PIL.Image.Image:
     with opened(file) as image:
         image.load()
         return flattened(image)
@@ -125,7 +126,7 @@ def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     return _rgb(image)
 
 
-def _checked(read, name: str) -> PIL.Image.Image:
+def _checked(read: Callable[[], PIL.Image.Image], name: str) -> PIL.Image.Image:
     image = guarded(read, name)
     check_aspect(image.size, name)
     return image

@@ -1,7 +1,7 @@
 """Chat messages in HF format, checked: a conversation is a list of {"role": str, "content": str or list of parts}."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from latent_jax.config import fields
 from latent_jax.data.layout import Image, Part, Slots, Video
 from latent_jax.errors import UserError
 
+Messages = Sequence[Mapping[str, Any]]  # a conversation in chat format
+
 
 def record(key: str) -> str:
     """How a message begins: with the record's name, where there is one."""
     return f"record {key!r}: " if key else ""
 
 
-def check(messages, key: str = "") -> None:
+def check(messages: Messages, key: str = "") -> None:
     """Raises UserError where `messages` is no list of {"role": str, "content": str or list of parts}."""
     if not isinstance(messages, list | tuple):
         raise UserError(
@@ -40,7 +42,13 @@ def _brief(value) -> str:
     return ascii(value)[:80] if isinstance(value, str) else str(value)[:80].encode(errors="replace").decode()
 
 
-def normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sources: dict[Any, Any]):
+def normalised(
+    messages: Messages,
+    imagined_grid: int | tuple[int, int] | None,
+    temporal_patch_size: int,
+    key: str,
+    sources: dict[Any, Any],
+) -> tuple[list[dict], list[Part]]:
     """Messages as the template takes them (an imagined image is an image to it), and the visual parts in order."""
     check(messages, key)
     places = {identity: index for index, identity in enumerate(sources)}
@@ -77,7 +85,7 @@ def normalised(messages, imagined_grid, temporal_patch_size: int, key: str, sour
     return result, visuals
 
 
-def imagine_parts(messages) -> list[dict]:
+def imagine_parts(messages: Messages) -> list[dict]:
     """The imagine parts of a conversation: any number with text, or one without. Raises UserError for anything else."""
     content = (message["content"] for message in messages if not isinstance(message["content"], str))
     found = [part for parts in content for part in parts if part.get("type") == "imagine"]
@@ -91,7 +99,7 @@ def imagine_parts(messages) -> list[dict]:
     return found
 
 
-def without_imagined(messages) -> list[dict]:
+def without_imagined(messages: Messages) -> list[dict]:
     """The conversation with its imagine parts taken out."""
     return [
         message

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -37,7 +37,7 @@ def bucket(size: int, least: int = 1) -> int:
     return least * (power * 3 // 4 if power >= 4 and multiple <= power * 3 // 4 else power)
 
 
-def one_per_row(examples: Sequence[Example], config) -> PromptBatch:
+def one_per_row(examples: Sequence[Example], config: Any) -> PromptBatch:
     """Lays prompts out one a row; R and B are their number.
 
     Args:
@@ -49,7 +49,7 @@ def one_per_row(examples: Sequence[Example], config) -> PromptBatch:
     return _prompt_batch(examples, [(r, 0) for r in range(R)], (R, T), (R, T), config)
 
 
-def packed(examples: Sequence[Example], config) -> PromptBatch:
+def packed(examples: Sequence[Example], config: Any) -> PromptBatch:
     """As one_per_row, several prompts a row where they fit: short ones do not pay for the longest. R, B, T and U are
     buckets."""
     U = bucket(max(len(e.tokens) for e in examples), TOKENS)
@@ -68,7 +68,11 @@ def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
 
 
 def _prompt_batch(
-    examples: Sequence[Example], starts: list[tuple[int, int]], shape: tuple[int, int], prompts: tuple[int, int], config
+    examples: Sequence[Example],
+    starts: list[tuple[int, int]],
+    shape: tuple[int, int],
+    prompts: tuple[int, int],
+    config: Any,
 ) -> PromptBatch:
     """Writes every example at its (row, token) into B rows of T tokens; `prompts` are R and U."""
     (B, T), (R, U) = shape, prompts
@@ -83,7 +87,7 @@ def _prompt_batch(
     return PromptBatch(batch, places, lengths, following, batch_shape.image_patches)
 
 
-def _batch_shape(examples: Sequence[Example], B: int, T: int, R: int, config) -> packing.BatchShape:
+def _batch_shape(examples: Sequence[Example], B: int, T: int, R: int, config: Any) -> packing.BatchShape:
     """Room for these prompts, in buckets."""
     unit, window = config.vision.merge_unit, config.vision.window_patches
     sizes = [packing.size_of(example) for example in examples]
@@ -102,7 +106,7 @@ def _batch_shape(examples: Sequence[Example], B: int, T: int, R: int, config) ->
     )
 
 
-def given_features(example: Example, config) -> int:
+def given_features(example: Example, config: Any) -> int:
     """How many features an example takes from outside, such as imagined latents."""
     return packing.given_features(example, config.vision.merge_unit)
 

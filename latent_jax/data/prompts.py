@@ -1,6 +1,11 @@
 """Conversations that more than one method shows the model."""
 
+from typing import TYPE_CHECKING
+
 from latent_jax.data.layout import Layout
+
+if TYPE_CHECKING:  # a method imports this file, and needs no tokenizer for it
+    from latent_jax.data.chat import Processor
 
 DESCRIBE = "Describe the image."
 
@@ -11,6 +16,6 @@ def described(record: dict, caption: str) -> list[dict]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
 
 
-def describe(record: dict, caption: str, processor) -> Layout:
+def describe(record: dict, caption: str, processor: "Processor") -> Layout:
     """Layout of an ordinary image -> caption example, through the tokenizer's chat template."""
     return processor.render(described(record, caption), key=record["key"])

@@ -168,7 +168,7 @@ def share(source: Sequence, part: float, seed: int) -> Subset:
     return Subset(source, order[: max(1, round(part * len(source)))])
 
 
-def held_out(name: str, data, split: str, seed: int) -> Sequence[dict]:
+def held_out(name: str, data: Any, split: str, seed: int) -> Sequence[dict]:
     """What a run (`data`: its section of the config) does not train on: its holdout, else a split of that name."""
     if data.holdout:
         return hold_out(open_source(name, data.path, data.split), data.holdout, seed)[1]

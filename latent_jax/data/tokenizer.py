@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latent_jax.config import fields
 from latent_jax.data import templates
 from latent_jax.data.image_spec import read_json
 from latent_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _FILES = (
     "tokenizer.json",
@@ -20,7 +24,7 @@ _FILES = (
 )
 
 
-def read(directory: Path):
+def read(directory: Path) -> "PreTrainedTokenizerFast":
     """The fast tokenizer of a checkpoint, with a chat template that ends. Raises UserError naming what is wrong."""
     for name in _FILES:
         if (directory / name).exists() and not (directory / name).is_file():

@@ -130,7 +130,7 @@ def test_training_sees_the_latents_of_every_target_of_every_record(made, monkeyp
     for batch in (from_cache, from_pixels):
         assert batch["number"][batch["example_mask"]].tolist() == numbers
         assert batch["target_mask"][batch["example_mask"]].sum(-1).tolist() == [2, 1, 3, 0, 3, 1]
-    assert not from_cache["patches"].size and from_pixels["patches"].size
+    assert not from_cache["patches"].any() and from_pixels["patches"].any()
     batch = {name: jnp.asarray(array[0]) for name, array in from_pixels.items()}
     batch_shape = from_pixels["patches"].shape[2]
     config = dataclasses.replace(made.config, data=dataclasses.replace(made.config.data, image_patches=batch_shape))

@@ -33,7 +33,7 @@ def record(
     questions: Sequence[dict | str] = (),
     helper_images: Sequence[bytes] = (),
     group: str = "",
-    **extra,
+    **extra: Any,
 ) -> Record:
     """A record of the one form that every builder writes; `extra` are further keys of the Record, plain values.
 
@@ -57,7 +57,9 @@ def record(
     return Record(key, tf_example_pb2.Example(features=features).SerializeToString(deterministic=True), group)
 
 
-def each(items: Iterable[T], noun: str, tally: Tally, make: Callable[[T], Record], name: Callable[[T], str] = str):
+def each(
+    items: Iterable[T], noun: str, tally: Tally, make: Callable[[T], Record], name: Callable[[T], str] = str
+) -> Iterator[Record]:
     """The records that `make` gives of `items`; one that it cannot make is a skipped `noun`, whatever made it odd.
 
     A ValueError says itself what is wrong. Anything else is of a kind that nobody thought of: `name` says which item.
@@ -87,7 +89,7 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     PUBLISHED: dict[str, int] = {}  # records of the published splits: another number is another version, or a part
 
     def __init__(
-        self, *, raw: Path, work: Path, max_bad: float, workers: int | None = None, called: str = "", **options
+        self, *, raw: Path, work: Path, max_bad: float, workers: int | None = None, called: str = "", **options: Any
     ):
         self.called = called or self.name  # what the bars say
         self.raw, self.work, self.tallies = Path(raw), Path(work), []

@@ -1,7 +1,9 @@
 """BLINK (https://huggingface.co/datasets/BLINK-Benchmark/BLINK, SUB_TASK/val-*.parquet) to one record a question."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -10,7 +12,8 @@ from latent_jax.benchmarks.blink import TASKS as SUB_TASKS
 from latent_jax.data.builders.base import RawBuilder, record
 from latent_jax.data.builders.files import are_texts, check_image, inside, is_text, read_image
 from latent_jax.data.builders.parquet import PARQUET_ERRORS
-from latent_jax.data.builders.parts import Part
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError, one_line
 
 _COLUMNS = ("idx", "question", "sub_task", "image_1", "choices", "answer")
@@ -25,7 +28,7 @@ class Blink(RawBuilder, skip_registration=True):
     NOUN = "question"
     PUBLISHED = {"validation": 1901, "test": 1906}
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> its parquet files, by sub-task."""
         found = {}
         for file in sorted(self.raw.rglob("*.parquet")):
@@ -36,7 +39,7 @@ class Blink(RawBuilder, skip_registration=True):
             raise UserError(f"{self.raw}: no SUB_TASK/val-*.parquet here, expected BLINK's parquet files")
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """A part is a file; all are opened here, so that a broken download is known before anything is written."""
         listed = []
         for file in place:
@@ -44,7 +47,7 @@ class Blink(RawBuilder, skip_registration=True):
             listed.append(Part(file, (file,), f"{file.parent.name}/{file.name}", metadata.num_rows))
         return listed
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         file = part.place
         table = _open(file)
         columns = [name for name in table.schema_arrow.names if name in (*_COLUMNS, *_IMAGES, "prompt", "explanation")]

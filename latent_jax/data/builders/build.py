@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from latent_jax.errors import UserError
 from latent_jax.runtime.files import write_text
@@ -75,7 +76,7 @@ def build_scenes(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
     wait: bool = False,
-    **options,
+    **options: Any,
 ) -> None:
     """Writes the procedural world to `output`/raw and both its prepared forms to `output`/coco_captions and /gqa.
 

@@ -1,10 +1,14 @@
 """COCO captions (https://cocodataset.org/#format-data, "Image Captioning") to one record an image."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import first_there, inside, is_text, is_unicode, read_image, read_json, split_name
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 _SHAPE = '{"images": [{"id", "file_name"}, ...], "annotations": [{"id", "image_id", "caption"}, ...]}'
@@ -15,7 +19,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
 
     name = "coco_captions"
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> (captions file, official split name)."""
         found = {}
         for file in sorted(self.raw.glob("annotations/captions_*.json")):
@@ -28,7 +32,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
             raise UserError(f"{self.raw}: no annotations/captions_*.json here, expected a COCO folder")
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Images with usable captions, some at a time: (image id, file, captions)."""
         file, official = place
         content = read_json(file, dict, _SHAPE)
@@ -53,7 +57,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
             tally.skip("caption", reason, len(captions[image_id]))
         return parts.chunks(usable, (file,))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             image_id, official, file_name, captions = item
             try:

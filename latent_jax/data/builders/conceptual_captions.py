@@ -7,11 +7,15 @@ the url, with or without a suffix. A row without an image counts as a failed dow
 """
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.builders import parts, webdataset
 from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import read_image
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 _FOLDERS = {"train": "training", "validation": "validation"}
@@ -22,7 +26,7 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
 
     name = "conceptual_captions"
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> shards, or the TSV."""
         if found := webdataset.find(self.raw):
             return found
@@ -36,7 +40,7 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
             raise UserError(f"{self.raw}: neither webdataset shards (*.tar) nor caption<TAB>url files (*.tsv) here")
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         if isinstance(place, list):
             return webdataset.parts(place)
         folder = self.raw / _FOLDERS["validation" if place.name.lower().startswith("val") else "train"]
@@ -48,7 +52,7 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
         images = {file.name.partition(".")[0]: file for file in sorted(folder.iterdir())}
         return parts.chunks(_rows(place, images, tally), (place,))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         if isinstance(part.place, Path):
             yield from webdataset.examples(part.place, tally)
             return

@@ -5,18 +5,19 @@ import io
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from latent_jax.data import images
 from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
+T = TypeVar("T")
 # GQA's scene graphs, the largest list of the official files, have 1.1 GB.
 _MOST = 16 * 2**30
 
 
-def read_json(file: Path, kind: type, shape: str):
+def read_json(file: Path, kind: type[T], shape: str) -> T:
     """The file's content, which must be a `kind`; `shape` says in words what was expected."""
     return files.read_json(file, kind, shape, _MOST)
 
@@ -129,7 +130,7 @@ def check_image(data: bytes, name: str) -> bytes:
     return data
 
 
-def is_text(value) -> bool:
+def is_text(value: Any) -> bool:
     """Text with something in it. A lone surrogate, which JSON can write, is no character: UTF-8 cannot hold it."""
     return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
@@ -156,7 +157,7 @@ def as_json(value: Any) -> str:
     return text
 
 
-def are_texts(values) -> bool:
+def are_texts(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(map(is_text, values))
 
 

@@ -1,6 +1,8 @@
 """GQA (https://cs.stanford.edu/people/dorarad/gqa/download.html) to one record an image with all its questions."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.base import RawBuilder, each, record
@@ -14,6 +16,8 @@ from latent_jax.data.builders.files import (
     read_json,
     split_name,
 )
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 _SHAPE = '{question id: {"imageId", "question", "answer", ...}}'
@@ -30,7 +34,7 @@ class Gqa(RawBuilder, skip_registration=True):
     name = "gqa"
     PUBLISHED = {"testdev": 398}
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> its file of balanced questions, in questions/, questions1.2/ or the folder itself."""
         found = {}
         for file in sorted([*self.raw.glob(f"questions*/*{_SUFFIX}.json"), *self.raw.glob(f"*{_SUFFIX}.json")]):
@@ -42,7 +46,7 @@ class Gqa(RawBuilder, skip_registration=True):
             raise UserError(f"{self.raw}: no questions/*{_SUFFIX}.json here, expected a GQA folder")
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Images, some at a time: (image id, questions as JSON texts, scene graph or None)."""
         official = place.stem.removesuffix(_SUFFIX)
         files = [self._beside(official, "sceneGraphs"), self._beside(official, "choices", folder="eval")]
@@ -58,7 +62,7 @@ class Gqa(RawBuilder, skip_registration=True):
         places = self.raw / (folder or kind) / name, self.raw / name
         return next((file for file in places if file.exists()), None)
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             image_id, questions, graph = item
             extra = {"scene_graph": graph} if graph is not None else {}

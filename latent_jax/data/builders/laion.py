@@ -1,7 +1,12 @@
 """LAION (https://laion.ai), as img2dataset downloads it, to one record an image."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from latent_jax.data.builders import webdataset
 from latent_jax.data.builders.base import RawBuilder
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 
@@ -10,7 +15,7 @@ class Laion(RawBuilder, skip_registration=True):
 
     name = "laion"
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         found = webdataset.find(self.raw)
         if not found:
             only = "only the links (*.parquet)" if any(self.raw.rglob("*.parquet")) else "no *.tar"
@@ -20,8 +25,8 @@ class Laion(RawBuilder, skip_registration=True):
             )
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         return webdataset.parts(place)
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         return webdataset.examples(part.place, tally)

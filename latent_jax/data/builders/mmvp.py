@@ -3,10 +3,14 @@
 import csv
 import io
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import read_image
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 from latent_jax.runtime.files import MOST_JSON, read_bytes
 
@@ -20,13 +24,13 @@ class Mmvp(RawBuilder, skip_registration=True):
     NOUN = "question"
     PUBLISHED = {"test": 300}
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         file = self.raw / "Questions.csv"
         if not file.is_file():
             raise UserError(f"{self.raw}: no Questions.csv here, expected an MMVP folder")
         return {"test": file}
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Rows, some at a time: (index, question)."""
         try:
             text = read_bytes(place, MOST_JSON).decode("utf-8-sig")
@@ -61,7 +65,7 @@ class Mmvp(RawBuilder, skip_registration=True):
             tally.note(f"questions that have lost the other one of their pair: {', '.join(map(str, alone))}")
         return parts.chunks(usable, (place,))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             index, question = item
             try:

@@ -1,7 +1,11 @@
 """ScienceQA (https://github.com/lupantech/ScienceQA, data/scienceqa) to one record a problem, with or without image."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from latent_jax.data.builders import files, parts
 from latent_jax.data.builders.base import RawBuilder, each, record
+from latent_jax.data.builders.parts import Part, Record
 from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
@@ -17,7 +21,7 @@ class ScienceQa(RawBuilder, skip_registration=True):
     NOUN = "problem"
     PUBLISHED = {"train": 12726, "validation": 4241, "test": 4241}
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> official split name."""
         shape = '{"train": [problem id, ...], "val": [...], "test": [...]}'
         self._pids = files.read_json(self.raw / "pid_splits.json", dict, shape)
@@ -29,7 +33,7 @@ class ScienceQa(RawBuilder, skip_registration=True):
                 raise UserError(f"{self.raw / 'pid_splits.json'}: expected {shape}, but {split!r} is {str(pids)[:40]}")
         return {files.split_name(split): split for split in _SPLITS if self._pids[split]}
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Problems, some at a time: (problem id, problem)."""
         file = self.raw / "problems.json"
         problems, repeated, self._repeated = self._problems, self._repeated, Tally("")
@@ -49,7 +53,7 @@ class ScienceQa(RawBuilder, skip_registration=True):
                 tally.skip("problem", f"{file}: problem {pid}: not in pid_splits.json's {place}")
         return parts.chunks(usable, (file, self.raw / "pid_splits.json"))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             pid, problem = item
             question = {"id": pid, **dict.fromkeys(_TEXTS, ""), **problem}

@@ -7,11 +7,15 @@ map_desc, the map is read from VSP's own levelN/pure_text/ID.txt, if that stands
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.base import RawBuilder, each, record
 from latent_jax.data.builders.files import first_there, is_text, read_image, read_json_lines, split_name
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.data.frozen_lake import read_map, shortest
 from latent_jax.errors import UserError
 from latent_jax.runtime.files import MOST_JSON, read_bytes
@@ -25,7 +29,7 @@ class Vsp(RawBuilder, skip_registration=True):
     name = "vsp"
     NOUN = "map"
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         """Split -> its file."""
         found = {}
         for file in sorted(self.raw.glob("*.jsonl")):
@@ -37,11 +41,11 @@ class Vsp(RawBuilder, skip_registration=True):
             raise UserError(f"{self.raw}: no train.jsonl or test_direct.jsonl here, expected VSP in Mirage's form")
         return found
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Lines, some at a time: (line number, entry)."""
         return parts.chunks(read_json_lines(place, "map", tally), (place,))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             number, entry = item
             try:

@@ -7,6 +7,8 @@ where the JSONL is missing, the options are put into an order drawn from the que
 
 import random
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.base import RawBuilder, each, record
@@ -19,6 +21,8 @@ from latent_jax.data.builders.files import (
     read_json,
     read_json_lines,
 )
+from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 CATEGORIES = ("direct_attributes", "relative_position")
@@ -33,13 +37,13 @@ class VStar(RawBuilder, skip_registration=True):
     NOUN = "question"
     PUBLISHED = {"test": 191}
 
-    def find(self):
+    def find(self) -> dict[str, Any]:
         file = self.raw / "test_questions.jsonl"
         if not file.exists() and not any((self.raw / category).is_dir() for category in CATEGORIES):
             raise UserError(f"{self.raw}: neither test_questions.jsonl nor {' nor '.join(CATEGORIES)} here")
         return {"test": file}
 
-    def parts(self, place, tally):
+    def parts(self, place: Any, tally: Tally) -> list[Part]:
         """Questions, some at a time: (question, image file)."""
         if not place.exists():
             files = [self.raw / category for category in CATEGORIES if (self.raw / category).is_dir()]
@@ -48,7 +52,7 @@ class VStar(RawBuilder, skip_registration=True):
         questions = [self._from_line(number, entry) for number, entry in read_json_lines(place, "question", tally)]
         return parts.chunks(questions, (place,))
 
-    def examples(self, part, tally):
+    def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
         def make(item):
             question, image = item
             if isinstance(question, str):
