@@ -102,7 +102,7 @@ def usable(records: Sequence[dict], config, processor: Processor) -> tuple[list[
     kept, examples, problem = [], [], None
     for record in records:
         try:
-            with pipeline.telling(record):
+            with pipeline.naming(record):
                 example = processor.lay_out(caption_layout(record, config))
                 if config.data.tokens and len(example.tokens) > config.data.tokens:
                     raise UserError(f"record {record['key']!r}: longer than config.data.tokens={config.data.tokens}")

@@ -35,12 +35,12 @@ def choose(
     """Rows, tokens and patches under which nearly `batch_size` examples fit a step and little of it is padding.
 
     `sample` is in data order (see pipeline.sample_examples). `row_tokens` bounds a row, unless one example is longer.
-    `room` is what the method asks of an example; None: the most that one of the sample has.
-    BatchShape around the mean need are tried on the sample; the choice fills at least 95 % of the budget that binds and
-    90 % of the other where the lengths allow that, and then holds the most examples. What `named` gives of rows,
-    tokens, patches and image_patches (0: nothing) stands, and the rest is chosen for as many examples as that holds.
-    Raises UserError where batch_size does not divide, where there is no example, or none that fits what is named, and
-    where a step would take more than `memory` bytes.
+    `room`: slots, targets and reads of an example; None: the most of any sampled one.
+    Shapes around the mean need are tried on the sample. The chosen one fills at least 95 % of the budget that binds and
+    90 % of the other, if the lengths allow that, and then holds the most examples. Sizes in `named` (rows, tokens,
+    patches, image_patches; 0: not named) are kept, and the others are chosen for as many examples as those hold.
+    Raises UserError if batch_size does not divide, if there is no example or none fits the named sizes, and if a step
+    would take more than `memory` bytes.
     """
     if batch_size % (groups * micro) or batch_size < 1:
         raise UserError(f"train.batch_size {batch_size} must be a multiple of groups * micro-steps = {groups * micro}")
@@ -78,7 +78,7 @@ def choose(
 
 
 def _check_memory(sizes: Sequence[Size], fixed: Mapping[str, int], named: Mapping[str, int], memory: float) -> None:
-    """Raises UserError where a step of what is asked for could not be built: known before anything is tried."""
+    """Raises UserError if a step of this size cannot be built, before any shape is tried."""
     examples, tokens = fixed["examples"], float(np.mean([size.tokens for size in sizes]))
     cells = max(examples * tokens, named.get("rows", 1) * named.get("tokens", tokens))
     patches = max(examples * np.mean([size.patches for size in sizes]), named.get("patches", 0))
@@ -103,7 +103,7 @@ def without_outliers(sample: Sequence[Example], row_tokens: int, max_bad: float)
 
 
 def _fitting(sizes: Sequence[Size], named: Mapping[str, int]) -> list[Size]:
-    """The examples that fit what is named. Raises UserError where none does."""
+    """The examples that fit the named sizes. Raises UserError if none does."""
     fitting = list(sizes)
     for name in ("tokens", "patches", "image_patches"):
         least, fitting = fitting, [size for size in fitting if getattr(size, name) <= named.get(name, math.inf)]
@@ -148,7 +148,7 @@ def fill(sizes: Iterable[Size], batch_shape: BatchShape) -> dict[str, float]:
 
 
 def _worth(filled: dict[str, float]) -> float:
-    """Examples a step, once the fills are what they should be; of two that hold about as many, the fuller."""
+    """Examples a step, less a penalty for fills below target; of two that hold as many, the fuller wins."""
     pair = sorted((filled["tokens"], filled["patches"]), reverse=True)
     if not filled["patches"]:
         pair = [filled["tokens"]]

@@ -142,7 +142,7 @@ class Processor:
         image_loss: bool = False,
         key: str = "",
     ) -> Layout:
-        """Conversations that begin alike as views of what they share; an image they share is encoded once."""
+        """Conversations with a common beginning, as views of one trunk; a shared image is encoded once."""
         if not conversations:
             raise UserError(f"{record(key)}no conversation to show")
         sources: dict[Any, Any] = {}
@@ -153,7 +153,7 @@ class Processor:
         return Layout(images=tuple(sources.values()), trunk=trunk, views=views, key=key)
 
     def _parts(self, messages, add_generation_prompt, imagined_grid, image_loss, key, sources: dict[Any, Any]):
-        """(parts, image sources). `sources` maps what identifies a source to it, in the order of Layout.images."""
+        """(parts, image sources). `sources` maps the identity of a source to it, in the order of Layout.images."""
         plain, visuals = normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
         text = self._template(plain, add_generation_prompt, key)
         parts: list[Part] = []
@@ -185,8 +185,8 @@ class Processor:
         spoken = [message["role"] == "assistant" for message in messages]
         if not any(spoken):
             return [(text, False)]
-        # Its first character stands nowhere else in it, and it stands nowhere in the text. So it is found only where
-        # it was put, whatever characters stand beside it.
+        # The mark does not occur in the text, and its first character occurs once in it. So it is found only where it
+        # was put, whatever its neighbours are.
         mark = next(mark for number in itertools.count() if (mark := f"\ue000{number}\ue001") not in text)
         marked = [_between(message, mark) if turn else message for message, turn in zip(messages, spoken, strict=True)]
         pieces = self._template(marked, add_generation_prompt, key).split(mark)
@@ -196,7 +196,7 @@ class Processor:
             )
         cut: list[tuple[str, bool]] = []
         for i, piece in enumerate(pieces):
-            # Odd pieces stand between marks; the end of turn after each belongs to it.
+            # Odd pieces are between marks; the end of turn after each belongs to it.
             closes = i and i % 2 == 0 and piece.startswith("<|im_end|>")
             cut += [("<|im_end|>", True), (piece[len("<|im_end|>") :], False)] if closes else [(piece, i % 2 == 1)]
         return cut

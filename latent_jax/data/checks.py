@@ -1,10 +1,10 @@
 """Checksums of prepared shards: written beside them, and looked at before they are trusted.
 
 checksums.json is {shard: {"size": bytes, "crc32": of the file, "ends": of its first and its last MiB}}. Opening
-compares sizes and ends, which costs no reading of terabytes and tells a shard from another one of the set; the content
-is checked where it is read, by the hashes that ArrayRecord keeps of every chunk. A shard that its owner has written
-anew is no damage, and its ends then say that the data is another. The checksums say whether two prepared datasets are
-the same. Earlier versions have written no ends: of a shard of two MiB or less, they are the whole.
+compares sizes and ends, without reading terabytes: this distinguishes the shards of a set. The content is checked
+where it is read, by the hashes that ArrayRecord keeps of every chunk. A shard that its owner has rewritten is not
+damaged; its ends differ, so the data counts as another. Two prepared datasets with equal checksums are the same.
+Earlier versions wrote no ends; those of a shard of two MiB or less are the whole shard.
 """
 
 import zlib

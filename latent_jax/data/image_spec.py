@@ -13,7 +13,7 @@ from latent_jax.runtime import files
 class ImageSpec:
     """How images become patches. patch_size and window_size in pixels, merge_size in patches, pixel limits in pixels.
 
-    mean and std are per channel, of pixels scaled to 0..1: what the device applies to the uint8 patches.
+    mean and std are per channel, of pixels scaled to 0..1; the device applies them to the uint8 patches.
     """
 
     patch_size: int = fields.option(14, "side of a patch", low=1, high=1024)

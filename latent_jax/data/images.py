@@ -25,12 +25,12 @@ from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
 T = TypeVar("T")
-# PIL warns of odd EXIF tags, palettes and sizes, in two lines an image; what is no image is an error, and counted.
+# PIL warns of odd EXIF tags, palettes and sizes, in two lines an image. Files that are no image are errors, and counted.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # What image datasets hold. PIL knows dozens more, and one of them starts another program (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_BYTES = 256 * 2**20  # of one encoded image; PIL itself has a limit for pixels
-_UPRIGHT = {  # EXIF orientation -> what makes it upright
+_UPRIGHT = {  # EXIF orientation -> the transpose that makes it upright
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
     4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
@@ -79,7 +79,7 @@ def open_image(source: Any, name: str = "") -> PIL.Image.Image:
 
 
 def read(file: str | os.PathLike, name: str) -> bytes:
-    """An image file as it stands. Raises UserError that says `name` where it is none, or larger than any image."""
+    """The bytes of an image file. Raises UserError with `name` if there is none, or if it is larger than MOST_BYTES."""
     try:
         return files.read_bytes(file, MOST_BYTES)
     except UserError as problem:
@@ -109,13 +109,13 @@ def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """The EXIF tag that says how an image lies: 1 upright, to 8; 1 where the tag has no such value."""
+    """The EXIF orientation, 1 (upright) to 8; 1 if the tag has another value."""
     found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """`image.convert("RGB")` without the copy that PIL makes of what is RGB already."""
+    """`image.convert("RGB")` without the copy that PIL makes of an RGB image."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -133,7 +133,7 @@ def _checked(read: Callable[[], PIL.Image.Image], name: str) -> PIL.Image.Image:
 
 
 def guarded(read: Callable[[], T], name: str) -> T:
-    """What `read` gives; what PIL raises over a broken file becomes a UserError naming it."""
+    """The result of `read()`; exceptions of PIL over a broken file become a UserError with its name."""
     try:
         return read()
     except UserError:

@@ -1,8 +1,8 @@
-"""A latent cache: what the frozen encoder sees of every record of one split, computed once, read by index.
+"""A latent cache: the frozen encoder's features of every record of one split, computed once, read by index.
 
-A directory of `cache.json` (what the latents were made from) and shards `latents-00000.npy`, each whole or absent, so
-that a cache whose making was killed goes on at its first missing shard. A row is one record: the latents of its target
-images, and a checksum of these images.
+A directory of `cache.json` (dataset, encoder and settings of the latents) and shards `latents-00000.npy`, each whole or
+absent: a run that was killed while it filled the cache goes on at the first missing shard. A row is one record: the
+latents of its target images, and a checksum of these images.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _DTYPES = {"float32": (np.dtype(np.float32), "<f4"), "bfloat16": (np.dtype(ml_dt
 class LatentCache:
     """One split's latents, at most S of size Z a record, float32 or bfloat16.
 
-    `made_from` is JSON-able and says all that the latents depend on: dataset, encoder, preprocessing, pooling.
+    `made_from` is JSON-able and holds all that the latents depend on: dataset, encoder, preprocessing, pooling.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class LatentCache:
     ) -> "LatentCache":
         """The cache in `folder`, begun there if nothing is. Its shards may still be `missing`.
 
-        Raises UserError naming what differs where the folder holds the latents of something else.
+        Raises UserError naming the differences if the folder holds latents that were made from something else.
         """
         cache = cls(Path(folder), made_from, records, tuple(shape), dtype)
         wanted, file = cache._manifest(), cache.folder / MANIFEST
@@ -118,7 +118,7 @@ class LatentCache:
     def read(self, index: int, images: Sequence[bytes]) -> np.ndarray | None:
         """The latents (s, Z) of a record; None where it could not be encoded when the cache was made.
 
-        Reads from disk what is used, when it is used. Raises UserError where `images` are not those that were encoded.
+        Reads the row from disk on every call. Raises UserError where `images` are not those that were encoded.
         """
         shard, place = divmod(index, self.shard_records)
         start, kind = self._offsets[shard]
@@ -150,7 +150,7 @@ class LatentCache:
 
     @functools.cached_property
     def _offsets(self) -> list[tuple[int, np.dtype]]:
-        """Where each shard's rows begin, and what they are. The cache is complete from here on."""
+        """Offset and dtype of each shard's rows. Raises UserError if the cache is not complete."""
         offsets = [self._offset(shard) for shard in range(self.shards)]
         if None in offsets:
             raise UserError(f"{self._file(offsets.index(None))}: missing; the latent cache is not complete")
@@ -176,7 +176,7 @@ class LatentCache:
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """Around `write`s: one process at a time, and what a killed one left half-written is gone.
+        """Around `write`s: one process at a time; half-written files of a killed one are removed.
 
         Raises UserError where another process fills this cache.
         """

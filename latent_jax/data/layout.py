@@ -62,7 +62,7 @@ class Slots:
 
     shape: their number, with M-RoPE positions that count up as those of text; or (rows, columns), with the positions
     of an image of so many merged tokens.
-    marks: `<|vision_start|>` and `<|vision_end|>` stand around them.
+    marks: `<|vision_start|>` and `<|vision_end|>` around them.
     loss: the opening mark, or both, are predicted under the next-token loss.
     source: "learned" embeddings that all examples share; latents "given" with the prompt; or "written" over the token's
     embedding by the method itself.
@@ -128,7 +128,7 @@ class Example:
     target_image: local ids from 1; target_grid: their merged rows and columns.
     feature_weights: the weight of regressing the visual token at t from the hidden state before it. late tokens do not
     see hidden ones. None where no part asks for them.
-    target_latents: what is predicted where it is given rather than computed from the target images.
+    target_latents: the latents of the targets, if a cache gives them; None: they are computed from the target images.
     """
 
     tokens: Int32[np.ndarray, " t"]
@@ -167,7 +167,7 @@ class Room:
 
 
 def with_learned_slots(layout: Layout) -> Layout:
-    """The layout with learned embeddings in all its Slots, such as those where imagined latents will stand."""
+    """The layout with learned embeddings in all its Slots, such as the places of imagined latents."""
 
     def learned(parts: Sequence[Part]) -> tuple[Part, ...]:
         return tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in parts)
@@ -183,7 +183,7 @@ def without_empty(parts: Sequence[Part]) -> list[Part]:
 def share_trunk(conversations: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], tuple[tuple[Part, ...], ...]]:
     """Splits conversations that begin alike into (trunk, views), tokens unchanged: trunk + views[i] is conversation i.
 
-    The cut stands beside a special token or what is no text, and before the last stretch of loss-carrying parts of
+    The cut is beside a special token or a part that is not text, and before the last stretch of loss-carrying parts of
     every conversation together with the part that it is predicted from. One conversation alone needs no views.
     """
     if len(conversations) == 1:

@@ -75,7 +75,7 @@ class BatchShape:
         return size
 
     def _check_method(self, example: Example, size: "Size") -> None:
-        """Raises ValueError for what a method asks and has made no room for: no record is to blame."""
+        """Raises ValueError if the method made no room for what its layout asks: no record is to blame."""
         if given := given_features(example, self.merge_unit):
             raise ValueError(f"record {example.key!r}: {given} given features, which only prompts have")
         for name in ("regress", "hidden"):
@@ -137,14 +137,14 @@ def given_features(example: Example, merge_unit: int = 4) -> int:
 class Packer:
     """Examples in, batches out. The first example that fits nowhere opens the next step; nothing is dropped.
 
-    With `own`, ascending groups of a micro-step, every example is placed but only those groups are built: what one host
-    of several holds.
+    With `own`, ascending groups of a micro-step, every example is placed but only those groups are built: the part of
+    one host of several.
     """
 
     def __init__(self, batch_shape: BatchShape, own: Sequence[int] | None = None):
         self.batch_shape = batch_shape
         groups = range(batch_shape.groups) if own is None else own
-        # Flat place of a group in the whole step -> its flat place in what is built.
+        # Flat place of a group in the whole step -> its flat place in the built arrays.
         whole = [micro * batch_shape.groups + group for micro in range(batch_shape.micro) for group in groups]
         self._built = {group: at for at, group in enumerate(whole)}
         self._kept = dataclasses.replace(batch_shape, groups=len(groups))
@@ -274,7 +274,7 @@ def empty(lead: int, batch_shape: BatchShape) -> Batch:
 
 
 class Writer:
-    """Writes examples into the arrays of one group, each behind what is written already."""
+    """Writes examples into the arrays of one group, each behind the last."""
 
     def __init__(self, group: Batch, batch_shape: BatchShape):
         self.group, self.batch_shape = group, batch_shape
@@ -330,7 +330,7 @@ class Writer:
         group["patch_image"][here] = example.patch_image + self._images
 
     def _write_example(self, example: Example, flat: int, number: int) -> None:
-        """What stands in the example's place E; `flat` is the place row * T + t of its first token."""
+        """The arrays of one entry an example, axis E; `flat` is the place row * T + t of its first token."""
         group, place = self.group, self.examples
         group["example_mask"][place] = True
         group["number"][place] = number % 2**31

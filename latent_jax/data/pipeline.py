@@ -130,11 +130,11 @@ def _lay_out(
     """A sized record. Where one host has all groups it is decoded here, `shared` ones on the host of their group."""
     failed = None
     try:
-        with telling(record):
+        with naming(record):
             layout = layout_fn(record, int(index))
             if not shared:
                 try:
-                    with telling(record):
+                    with naming(record):
                         example = processor.lay_out(layout)
                         batch_shape.check(example)
                         return _Sample(example, lambda: example, int(index))
@@ -148,7 +148,7 @@ def _lay_out(
 
 
 def _decode(processor: Processor, layout: Layout, size: Size) -> Example:
-    with telling({"key": layout.key}):
+    with naming({"key": layout.key}):
         example = processor.lay_out(layout)
         if size_of(example) != size:
             raise UserError(f"record {layout.key!r}: its images have another size than their headers say")
@@ -158,11 +158,11 @@ def _decode(processor: Processor, layout: Layout, size: Size) -> Example:
 def usable(
     records: Iterable[dict], layout_fn: LayoutFn, processor: Processor, batch_shape: BatchShape
 ) -> Iterator[Example]:
-    """Laid out, without the records that training skips; where nothing else is left, raises what the first one had."""
+    """The examples of all records that training does not skip. Raises the first record's UserError if none is left."""
     first, count = None, 0
     for index, record in enumerate(records):
         try:
-            with telling(record):
+            with naming(record):
                 example = processor.lay_out(layout_fn(record, index))
                 batch_shape.check(example)
         except UserError as problem:
@@ -175,11 +175,11 @@ def usable(
 
 
 @contextlib.contextmanager
-def telling(record: Mapping) -> Iterator[None]:
-    """Whatever a record raises becomes a UserError that names it: libraries answer odd files and texts with any error.
+def naming(record: Mapping) -> Iterator[None]:
+    """Turns any exception over a record into a UserError with its key: libraries raise anything over odd files.
 
-    What is counted is then a share of broken records. A fault of the method's own is met by every record, and ends the
-    run with its words and its place.
+    Such records are skipped and counted. A fault of the method itself meets every record, so that the run ends with the
+    exception's text and line.
     """
     try:
         yield
@@ -363,7 +363,7 @@ def sample_examples(source: Source, layout_fn: LayoutFn, processor: Processor, n
     for index in range(count):
         record = source[index * len(source) // count]
         try:
-            with telling(record):
+            with naming(record):
                 example = processor.lay_out(layout_fn(record, index))
         except UserError as problem:
             first_broken = first_broken or str(problem)

@@ -18,7 +18,7 @@ TOKENS, PATCHES = 32, 64
 class PromptBatch(NamedTuple):
     """R prompts in B rows of T tokens, with the images of all of them in one group.
 
-    `batch` is what training sees of one micro-step with G = 1 and E = R; its `number` is the prompt's place.
+    `batch` has the keys and axes of one micro-step of training, with G = 1 and E = R; `number` is the prompt's index.
     `places`: flat index row * T + t of each prompt's tokens in order, padded by repeating the last; `lengths`: how many
     are real (0: no prompt, only padding); `next_position`: M-RoPE position of the first token to come.
     """
@@ -61,7 +61,7 @@ def packed(examples: Sequence[Example], config: Any) -> PromptBatch:
 
 
 def _first_fit(examples: Sequence[Example], T: int) -> list[tuple[int, int]]:
-    """(row, first token) of every example in rows of T tokens; the longest come first, short ones fill what is left."""
+    """(row, first token) of every example in rows of T tokens; the longest come first, short ones fill the rest."""
     longest_first = sorted(range(len(examples)), key=lambda number: -len(examples[number].tokens))
     places = packing.first_fit((len(examples[number].tokens) for number in longest_first), T)
     return [place for _, place in sorted(zip(longest_first, places, strict=True))]

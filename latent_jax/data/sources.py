@@ -181,7 +181,7 @@ def first(source: Sequence[dict], count: int) -> list[dict]:
 
 
 def hold_out(source: Sequence, count: int, seed: int) -> tuple[Subset, Subset]:
-    """(what is left, `count` records that a seed draws), each in the source's order.
+    """(the remaining records, `count` records that a seed draws), each in the source's order.
 
     Raises UserError where nothing would be left.
     """
@@ -197,7 +197,7 @@ def open_source(name: str, path: str | os.PathLike, split: str) -> Source:
 
     `blink/Jigsaw` opens one sub-task. The names of `scenes` with an empty path are generated and prepared on first
     use, each form alone, into $LATENT_JAX_CACHE or ~/.cache/latent_jax.
-    Raises UserError that names what is missing and how to make it.
+    Raises UserError naming the missing dataset and the command that makes it.
     """
     _, _, group = name.partition("/")
     return Source(_folder(name, path), split, group)
@@ -209,9 +209,9 @@ def split_names(name: str, path: str | os.PathLike) -> list[str]:
 
 
 def fingerprint(name: str, path: str | os.PathLike, split: str) -> str:
-    """A short hash of what `open_source` opens: the same wherever the files lie, another when records change.
+    """A short hash of the records that `open_source` opens. It does not depend on the files' place.
 
-    Reads no records: prepare's checksums stand for them, or, where it wrote none, the sizes of the files.
+    Reads no records: it is made of prepare's checksums, or of the sizes of the files where prepare wrote none.
     """
     folder = _folder(name, path)
     splits = _builder(folder).info.splits

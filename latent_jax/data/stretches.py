@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 LOSS, LATE, HIDDEN, REGRESSED = 1, 2, 4, 8  # flags of a token
-# What stands in feature indices until the whole example's slots are counted, by Slots.source.
+# Placeholders in feature indices until the whole example's slots are counted, by Slots.source.
 _SOURCES = {"learned": -2, "given": -3, "written": -4}
 
 
@@ -144,7 +144,7 @@ def _between(before: int, inside: np.ndarray, after: int) -> np.ndarray:
 
 
 def number_slots(features: Int32[np.ndarray, " t"], merged: int) -> Int32[np.ndarray, " S"]:
-    """Numbers an example's slots and given features, in place; `merged` visual tokens stand before them.
+    """Numbers an example's slots and given features, in place; `merged` visual tokens come before them.
 
     Returns the tokens of its learned and written slots.
     """

@@ -1,8 +1,8 @@
 """Whether a checkpoint's chat template ends: it is a program, and may loop or grow without a limit.
 
-The sandbox that transformers renders it in bounds what it can reach, not what it takes. So it is rendered once in a
+The sandbox of transformers limits what a template can reach, not its time and memory. So it is rendered once in a
 process of its own under limits of time, memory and output, before any other process renders it. That process has only
-jinja2. Other faults (its syntax, an attribute that the sandbox refuses) show where it is rendered for good.
+jinja2. Other faults (its syntax, an attribute that the sandbox refuses) are found when it is rendered for use.
 """
 
 import functools
@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 SECONDS, MEMORY, CHARACTERS = 5, 2**30, 2**20
-WALL_SECONDS = 120  # only for a machine that stands still: a template cannot wait, and its processor time is limited
+WALL_SECONDS = 120  # only for a stalled machine: a template cannot wait, and its processor time is limited
 _TOO_LONG, _TOO_LARGE = 7, 8  # exit statuses
 _IMAGE = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
 _TURNS = [{"role": "user", "content": _IMAGE}, {"role": "assistant", "content": "A ball."}]
@@ -27,7 +27,7 @@ def check_ends(template: str) -> None:
     from latent_jax.errors import UserError  # not in the process of its own, which may not find the package
 
     try:
-        # -P: this file's folder must not stand in the place of other modules.
+        # -P: this file's folder must not hide other modules.
         command = [sys.executable, "-P", __file__]
         asked = json.dumps([template, CONVERSATIONS])
         status = subprocess.run(
@@ -50,7 +50,7 @@ def _render(template: str, conversations) -> int:
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """The tag by which some templates mark what the assistant says."""
+        """The tag by which some templates mark the text of the assistant."""
 
         tags = {"generation"}
 
@@ -80,5 +80,5 @@ if __name__ == "__main__":
         sys.exit(_render(*json.load(sys.stdin)))
     except MemoryError:
         sys.exit(_TOO_LARGE)
-    except Exception:  # another fault: whoever renders it for good tells more
+    except Exception:  # another fault: rendering it for use reports it
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, with whatever is wrong with its files said in one line."""
+"""A checkpoint's tokenizer; any fault of its files is one line."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ _FILES = (
 
 
 def read(directory: Path) -> "PreTrainedTokenizerFast":
-    """The fast tokenizer of a checkpoint, with a chat template that ends. Raises UserError naming what is wrong."""
+    """The fast tokenizer of a checkpoint, with a chat template that ends. Raises UserError naming the faulty file."""
     for name in _FILES:
         if (directory / name).exists() and not (directory / name).is_file():
             raise UserError(f"{directory / name}: not a regular file")
@@ -40,7 +40,7 @@ def read(directory: Path) -> "PreTrainedTokenizerFast":
             raise
         for name in _FILES:
             if name.endswith(".json") and (directory / name).exists():
-                read_json(directory / name)  # names the file, where that is what is wrong
+                read_json(directory / name)  # names the file if its JSON is the fault
         raise UserError(f"{directory}: no usable tokenizer ({one_line(problem)[:200]})") from None
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         # Trainers leave them in tokenizer.json; transformers too turns them off wherever it is not asked for them.
@@ -60,7 +60,7 @@ def read(directory: Path) -> "PreTrainedTokenizerFast":
         shown = tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False)
     except UserError as problem:
         raise UserError(f"{directory}: {problem}") from None
-    except Exception as problem:  # its syntax, or what the sandbox refuses
+    except Exception as problem:  # its syntax, or an attribute that the sandbox refuses
         raise UserError(f"{directory}: the chat template cannot be rendered ({one_line(problem)[:200]})") from None
     if "Hello." not in shown:
         raise UserError(f"{directory}: the chat template does not show what a user says")

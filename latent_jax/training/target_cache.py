@@ -30,7 +30,7 @@ from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.runtime import sharding
 from latent_jax.training.state import compute_dtype
 
-# What a group holds in one pass: enough to keep a device busy, and little beside what a training step takes.
+# What a group holds in one pass: enough to keep a device busy, and little beside a training step.
 _PATCHES, _EXAMPLES = 8192, 256
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -49,8 +49,8 @@ class TargetCache:
     def attach(self, data: Sequence[tuple[Sequence, float]], say: Callable[[str], None]) -> list[tuple[Cached, float]]:
         """[(source, weight), ...] with latents attached to every record, from caches in `config.data.latent_cache`.
 
-        A source's cache lies in DIR/NAME-SPLIT; what is missing of it is made first. Raises UserError where the method
-        has no latent targets, or where a cache was made from something else.
+        A source's cache is in DIR/NAME-SPLIT; missing shards are made first. Raises UserError if the method has no
+        latent targets, or if a cache was made from something else.
         """
         if not self.method.targets or not self.method.room(self.config).targets:
             raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
@@ -187,7 +187,7 @@ class TargetCache:
         def one(index: int) -> tuple[int, Sequence[bytes], Example | None]:
             record = source[index]
             try:
-                with pipeline.telling(record):
+                with pipeline.naming(record):
                     images = self.method.targets.images(record)
                     example = self.processor.lay_out(self._layout(record, index)) if images else None
                     if example is not None:
