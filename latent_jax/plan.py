@@ -72,11 +72,9 @@ def report(found) -> list[str]:
 
 
 def about(found) -> list[str]:
-    from latent_jax.perf import planning
-
-    batch_shape, config = found.batch_shape, found.config
+    batch_shape, config = found.batches.batch_shape, found.config
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
-    remat = "full (auto)" if config.model.remat == "auto" else config.model.remat
+    remat = found.remat + " (auto)" * (config.model.remat == "auto")
     return [
         f"{config.method}, {config.model.preset or config.model.path or 'the embedded model'}, on "
         f"{found.topology.name}: {found.topology.devices} x {found.topology.chip.kind}; mesh {mesh}; remat {remat}",
@@ -84,8 +82,7 @@ def about(found) -> list[str]:
         f"batch: {batch_shape.micro} micro-step(s) x {batch_shape.groups} groups of {batch_shape.rows} rows x "
         f"{batch_shape.tokens} tokens, {batch_shape.patches} patches, {batch_shape.examples} examples "
         f"of {batch_shape.slots} slots",
-        f"  (no data is read: as for examples of one image of at most {batch_shape.image_patches} patches and "
-        f"{planning.TEXT_TOKENS} text tokens; config.data.rows, .tokens, .patches name other sizes)",
+        f"  (no data is read: {found.batches.example}; config.data.rows, .tokens, .patches name other sizes)",
     ]
 
 
@@ -144,7 +141,7 @@ def estimate(found) -> list[str]:
     bounds, text = found.compiled.roofline, found.model_flops[0]
     mfu = [text / (seconds * found.topology.devices * flops.peak(found.topology.chip.kind))
            for seconds in (bounds.hidden, bounds.exposed)]  # fmt: skip
-    rates = [found.work.tokens / seconds for seconds in (bounds.hidden, bounds.exposed)]
+    rates = [found.batches.work.tokens / seconds for seconds in (bounds.hidden, bounds.exposed)]
     network = f", network {bounds.network:.3f} s" if bounds.network else ""
     return [
         f"step time: {bounds.hidden:.3f} s if all collectives hide, {bounds.exposed:.3f} s if none does",

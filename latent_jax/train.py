@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from clu import parameter_overview
 
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
 from latent_jax.config import schema
-from latent_jax.config.training import PRESETS, Config, mixture, profiled
+from latent_jax.config.training import Config, mixture, profiled
 from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.models import hf_export, hf_io
@@ -25,7 +24,7 @@ from latent_jax.runtime.checkpoints import Checkpoints
 from latent_jax.runtime.devices import divide_cpu, enable_compile_cache, keep_freed_memory
 from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
-from latent_jax.training import target_cache, validation, workdir
+from latent_jax.training import resolve, target_cache, validation, workdir
 from latent_jax.training.finish import finish, finished, look_ahead
 from latent_jax.training.latent_config import saved_head
 from latent_jax.training.loop import loop
@@ -72,13 +71,13 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
         keep_freed_memory()
     origin = hf_io.resolve(config.model.path or TINY_VL)
     # Before the tokenizer: transformers reads the same config.json, and believes whatever sizes stand there.
-    shape = from_json(_shape_file(config, origin))
+    shape = from_json(resolve.shape_file(config, origin))
     processor = Processor.from_directory(origin, config.data.min_pixels or None, config.data.max_pixels or None)
-    model_config = dataclasses.replace(shape, image_mean=processor.image.mean, image_std=processor.image.std)
+    model_config = resolve.model_config(shape, processor.image)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
     processor.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
     # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
-    dtypes = stored_dtypes(config, origin, model_config)
+    dtypes = resolve.stored_dtypes(config, origin, model_config)
 
     # ------------------------------------------------------------ on what data
     data = open_data(config, config.data.split)
@@ -182,12 +181,6 @@ def _teller(config: Config) -> Callable[[str], None]:
 # ---------------------------------------------------------------- state
 
 
-def _shape_file(config: Config, origin: Path) -> Path:
-    """Where the model's shape stands: a preset for random weights, else the checkpoint's own config.json."""
-    named = config.model.init == "random" and config.model.preset
-    return PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
-
-
 def keep_origin(config: Config, origin: Path, directory: Path) -> None:
     """Keeps in a new workdir what its exports need of the checkpoint it starts from; of a preset, its shape."""
     kept = directory / workdir.ORIGIN
@@ -195,15 +188,8 @@ def keep_origin(config: Config, origin: Path, directory: Path) -> None:
         check_origin(kept)
     elif hosts.primary():
         limits = dict(min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
-        hf_export.keep_origin(origin, kept, shape=_shape_file(config, origin), **limits)
+        hf_export.keep_origin(origin, kept, shape=resolve.shape_file(config, origin), **limits)
     hosts.sync("the first host has kept the origin")
-
-
-def stored_dtypes(config: Config, origin: Path, model_config: ModelConfig) -> dict[str, np.dtype]:
-    """Our path -> dtype in the checkpoint; nothing for random weights."""
-    if config.model.init == "random":
-        return {}
-    return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(model_config).items()}
 
 
 def fit(

@@ -166,7 +166,7 @@ def test_full_fine_tuning_of_7b_in_rows_of_4k_fits_eight_a100_40gb():
 
 
 def test_the_frozen_encoder_is_bfloat16_and_has_no_optimiser_state():
-    setup, _, _ = planning.prepare(published(), jax.devices()[:8])
+    setup, _ = planning.prepare(published(), jax.devices()[:8])
     state = setup.abstract()
     encoder = {path: leaf for path, leaf in state.frozen.items() if path.startswith("vlm.vision.")}
     assert encoder and {leaf.dtype for leaf in encoder.values()} == {jnp.dtype(jnp.bfloat16)}
@@ -178,21 +178,19 @@ def test_the_frozen_encoder_is_bfloat16_and_has_no_optimiser_state():
 
 
 def test_the_batch_is_the_one_that_training_would_choose_for_such_examples():
-    setup, batch_shape, work = planning.prepare(published(), jax.devices()[:8])
+    setup, batches = planning.prepare(published(), jax.devices()[:8])
+    batch_shape, work = batches.batch_shape, batches.work
     assert (batch_shape.groups, batch_shape.examples, batch_shape.slots, batch_shape.image_patches) == (8, 32, 144, 576)
     # 32 examples of 144 slots and 64 words, in rows of at most 4096 tokens.
     assert batch_shape.rows * batch_shape.tokens == pytest.approx(32 * 208, rel=0.1) and batch_shape.tokens <= 4096
     assert batch_shape.patches == pytest.approx(32 * 576, rel=0.1)
     assert work.tokens == 8 * batch_shape.rows * batch_shape.tokens
-    assert {name: leaf.shape[:2] for name, leaf in planning.abstract_batch(batch_shape, setup).items()}["patches"] == (
-        1,
-        8,
-    )
+    assert planning.abstract_batch(batch_shape, setup)["patches"].shape[:2] == (1, 8)
 
 
 def test_sizes_that_the_config_names_are_kept():
     asked = published("data.rows=3", "data.tokens=640", "data.patches=1024", "train.accumulate=2", file="finetune")
-    _, batch_shape, _ = planning.prepare(asked, jax.devices()[:8])
+    batch_shape = planning.prepare(asked, jax.devices()[:8])[1].batch_shape
     assert (batch_shape.micro, batch_shape.rows, batch_shape.tokens, batch_shape.patches) == (2, 3, 640, 1024)
     assert batch_shape.examples == 128 // 16
 
@@ -220,11 +218,10 @@ def test_any_other_failure_is_one_line():
 
 
 def failed(asked, arguments: int, temporaries: int):
-    setup, batch_shape, work = planning.prepare(asked, jax.devices()[:8])
+    setup, batches = planning.prepare(asked, jax.devices()[:8])
     return planning.Plan(
         config=asked, topology=topologies.parse("a100-40gb:8"), mesh=dict(replica=1, fsdp=8, tp=1),
-        batch_shape=batch_shape,
-        work=work, attention=setup.attention, arguments={"parameters": arguments}, model_flops=(0.0, 0.0),
+        remat="full", batches=batches, attention=setup.attention, arguments={"parameters": arguments}, model_flops=(0.0, 0.0),
         temporaries=temporaries, peak=arguments + temporaries, memory=40, refused="", compiled=None,
     )  # fmt: skip
 

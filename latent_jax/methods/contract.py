@@ -101,6 +101,8 @@ class Method:
     head_settings: dotted settings that decide what a head predicts or reads: one saved with others is refused.
     exported: (path without `head.`) -> whether inference needs it, and an export has it.
     passes: (config) -> how often a step runs the language model's blocks over the batch.
+    typical: (config) -> a record of typical length, which `plan` lays out by `layout` and sizes batches for
+      (data/typical.py makes its parts); None: one image and a few words.
     think: None where the method has no latents before an answer.
     statistics, targets: None where the method measures nothing, or has no targets to cache.
     report: the module that reports on held-out data after the last step: `run`, `lacking`, and the FILES it writes.
@@ -118,6 +120,7 @@ class Method:
     head_settings: tuple[str, ...] = ()
     exported: Callable[[str], bool] = lambda path: True
     passes: Callable[[Any], int] = lambda config: 1
+    typical: Callable[[Any], Record | None] | None = None
     think: Think | None = None
     statistics: Statistics | None = None
     targets: CachedTargets | None = None

@@ -13,27 +13,25 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
-from latent_jax.config.training import PRESETS, named_sizes
-from latent_jax.data import batch_shapes, packing
-from latent_jax.data.layout import Room
+from latent_jax.config.training import PRESETS
 from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl import flops
 from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
 from latent_jax.ops import attention
 from latent_jax.perf import hlo, topologies
+from latent_jax.perf.planned_batch import Planned, abstract_batch, image_spec, planned
 from latent_jax.perf.roofline import Roofline, roofline
 from latent_jax.runtime import sharding
+from latent_jax.training import resolve
 from latent_jax.training.state import Setup, make_setup, new_model
 from latent_jax.training.step import make_step
-
-# Words beside an example's image or slots, where no data is at hand to measure: a long caption, a question's turn.
-TEXT_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +39,15 @@ class Plan:
     """What one config's step takes on one topology. Sizes are bytes of one device.
 
     arguments: by what they are. temporaries, peak: the compiler's; peak is None where it refused without a number.
-    refused: its own out-of-memory line, or "". compiled: what could be read from the program, None where refused.
+    remat: what was compiled, `auto` resolved. refused: the compiler's own out-of-memory line, or "". compiled: what
+    could be read from the program, None where refused.
     """
 
     config: object
     topology: topologies.Topology
     mesh: dict[str, int]
-    batch_shape: packing.BatchShape
-    work: flops.Work
+    remat: str
+    batches: Planned
     attention: attention.Choice
     arguments: dict[str, int]
     model_flops: tuple[float, float]
@@ -77,8 +76,8 @@ class Compiled:
 def plan(config, topology: topologies.Topology) -> Plan:
     """Compiles the step. Raises UserError where the config cannot be planned at all."""
     devices = topologies.open_devices(topology)
-    setup, batch_shape, work = prepare(config, devices)
-    state, batch = setup.abstract(), abstract_batch(batch_shape, setup)
+    setup, batches = prepare(config, devices)
+    state, batch = setup.abstract(), abstract_batch(batches.batch_shape, setup)
     arguments = {
         "parameters": _size(state.trainable),
         "optimiser": _size(state.opt_state),
@@ -87,9 +86,8 @@ def plan(config, topology: topologies.Topology) -> Plan:
     }
     ledger = setup.ledger(topology.chip.kind, topology.devices)
     about = dict(
-        config=config, topology=topology, mesh=dict(setup.mesh.shape), batch_shape=batch_shape, work=work,
-        attention=setup.attention,
-        arguments=arguments, model_flops=ledger.flops(work),
+        config=config, topology=topology, mesh=dict(setup.mesh.shape), remat=setup.config.model.remat,
+        batches=batches, attention=setup.attention, arguments=arguments, model_flops=ledger.flops(batches.work),
     )  # fmt: skip
     try:
         compiled = make_step(setup).lower(state, batch).compile()
@@ -113,106 +111,40 @@ def plan(config, topology: topologies.Topology) -> Plan:
     )
 
 
-def prepare(config, devices: list) -> tuple[Setup, packing.BatchShape, flops.Work]:
-    """The run's setup on these devices, the shape of its batches, and the work that such a batch is."""
+def prepare(config, devices: list) -> tuple[Setup, Planned]:
+    """The run's setup on these devices, by the functions that training calls, and the batches it is planned for."""
     method = methods.find(config.method)
-    model_config, stored, max_pixels = model_shape(config)
+    shape, directory = model_shape(config)
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp, devices)
-    sharding.check_heads(mesh, model_config.text.num_attention_heads)
-    batch_shape, work = typical_batch(config, method.room(config), model_config, max_pixels, sharding.data_shards(mesh))
-    chosen = {name: getattr(batch_shape, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
-    remat = "full" if config.model.remat == "auto" else config.model.remat
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **chosen),
-        model=dataclasses.replace(config.model, remat=remat),
-    )
-    dtypes = {}
-    if config.model.init == "checkpoint":
-        structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
-        dtypes = {path: stored for path in structure.variables if path.startswith("vlm.")}
-    return make_setup(config, method, model_config, mesh, dtypes), batch_shape, work
+    batch = planned(config, method, shape, directory, sharding.data_shards(mesh))
+    config = resolve.resolved(config, batch.batch_shape, mesh)
+    dtypes = resolve.stored_dtypes(config, directory, shape) if directory else _stated_dtypes(config, method, shape)
+    return make_setup(config, method, shape, mesh, dtypes), batch
 
 
-def model_shape(config) -> tuple[ModelConfig, jnp.dtype, int]:
-    """(shape, the checkpoint's dtype, its processor's max_pixels or 0): of a local checkpoint or a shipped preset."""
+def model_shape(config) -> tuple[ModelConfig, Path | None]:
+    """(shape, directory): of a checkpoint on this machine, or of a shipped preset, which has no directory."""
     model = config.model
     directory = Path(model.path) if model.path else TINY_VL
     if (directory / "config.json").exists() and not (model.init == "random" and model.preset):
         directory = hf_io.resolve(directory)
-        file, processor = directory / "config.json", directory / "preprocessor_config.json"
-        pixels = json.loads(processor.read_text()).get("max_pixels", 0) if processor.exists() else 0
-        shape = from_json(file)
-        weights = hf_io.Checkpoint.open(directory).weights(shape) if model.init == "checkpoint" else {}
-        dtypes = {weight.dtype for weight in weights.values()}
-        return shape, jnp.dtype(dtypes.pop()) if len(dtypes) == 1 else jnp.dtype(jnp.bfloat16), pixels
+        shape, image = from_json(resolve.shape_file(config, directory)), image_spec(config, directory)
+        return resolve.model_config(shape, image) if image else shape, directory
     if not model.preset:
         raise UserError(
             f"config.model.path: {model.path!r} is not on this machine and plan downloads nothing; "
             "set config.model.preset to a published shape"
         )
-    file = PRESETS / f"{model.preset}.json"
-    return from_json(file), jnp.dtype(json.loads(file.read_text()).get("torch_dtype", "bfloat16")), 0
+    return from_json(PRESETS / f"{model.preset}.json"), None
 
 
-def typical_batch(
-    config, room: Room, model_config: ModelConfig, max_pixels: int, shards: int
-) -> tuple[packing.BatchShape, flops.Work]:
-    """The shape that training would choose if every example held one image of data.max_pixels and TEXT_TOKENS words.
-
-    Where neither config nor checkpoint bounds an image, it takes half a row. Sizes that the config names are kept.
-    Also the model's own work on a step of such batches, all rows full.
-    """
-    vision, data = model_config.vision, config.data
-    pixels = data.max_pixels or max_pixels
-    merged = pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
-    merged = min(merged or data.row_tokens // 2, data.row_tokens // 2)
-    image = merged * vision.merge_unit
-    size = packing.Size(
-        tokens=max(merged, room.slots) + TEXT_TOKENS,
-        patches=image,
-        slots=room.slots,
-        channels=vision.in_channels * vision.patch_size**2,
-        image_patches=image,
-    )
-    batch_shape = batch_shapes.choose(
-        [size],
-        batch_size=config.train.batch_size,
-        groups=data.groups or shards,
-        micro=config.train.accumulate,
-        window_patches=vision.window_patches,
-        merge_unit=vision.merge_unit,
-        row_tokens=data.row_tokens,
-        room=room,
-        named=named_sizes(data),
-    )
-    if batch_shape.groups % shards:
-        raise UserError(
-            f"config.data.groups: {batch_shape.groups} groups cannot be shared by {shards} data shards "
-            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
-        )
-    groups = batch_shape.micro * batch_shape.groups
-    tokens, patches = groups * batch_shape.rows * batch_shape.tokens, groups * batch_shape.patches
-    length = min(size.tokens, batch_shape.tokens)
-    work = flops.Work(
-        tokens=tokens,
-        supervised=tokens * TEXT_TOKENS // size.tokens,
-        pairs=tokens * length / 2,
-        patches=patches,
-        window_pairs=patches * vision.window_patches,
-        image_pairs=patches * image,
-        channels=batch_shape.channels,
-    )
-    return batch_shape, work
-
-
-def abstract_batch(batch_shape: packing.BatchShape, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's shapes, dtypes and shardings."""
-    place = sharding.batch_sharding(setup.mesh)
-    return {
-        name: jax.ShapeDtypeStruct((batch_shape.micro, batch_shape.groups, *shape), dtype, sharding=place)
-        for name, (shape, dtype) in packing.shapes(batch_shape).items()
-    }
+def _stated_dtypes(config, method: Method, shape: ModelConfig) -> dict[str, np.dtype]:
+    """As `resolve.stored_dtypes`, for a published checkpoint that is not here: all of the dtype that it states."""
+    if config.model.init == "random":
+        return {}
+    stated = json.loads((PRESETS / f"{config.model.preset}.json").read_text()).get("torch_dtype", "bfloat16")
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, shape)))
+    return {path: jnp.dtype(stated) for path in structure.variables if path.startswith("vlm.")}
 
 
 # How the compilers put it: all that is used of what there is, or the temporaries alone.
@@ -253,12 +185,12 @@ def alternatives(failed: Plan) -> Iterator[tuple[str, object, topologies.Topolog
         # What the config names is as large in any number of micro-steps.
         for times in [] if config.data.tokens or config.data.patches else _powers(excess):
             accumulate = config.train.accumulate * times
-            if failed.batch_shape.examples % times == 0:
+            if failed.batches.batch_shape.examples % times == 0:
                 yield f"--config.train.accumulate={accumulate}", _with(config, "train", accumulate=accumulate), topology
-        if failed.batch_shape.tokens > 1024:
-            shorter = failed.batch_shape.tokens // 2
-            words = f"--config.data.rows={failed.batch_shape.rows} --config.data.tokens={shorter}"
-            yield words, _with(config, "data", rows=failed.batch_shape.rows, tokens=shorter), topology
+        if failed.batches.batch_shape.tokens > 1024:
+            shorter = failed.batches.batch_shape.tokens // 2
+            words = f"--config.data.rows={failed.batches.batch_shape.rows} --config.data.tokens={shorter}"
+            yield words, _with(config, "data", rows=failed.batches.batch_shape.rows, tokens=shorter), topology
     for times in _powers(arguments / (0.6 * failed.memory)):
         larger = topology.times(times)
         yield f"--topology={larger.name}", config, larger

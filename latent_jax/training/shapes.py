@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from latent_jax.config import schema
-from latent_jax.config.training import mixture, named_sizes
+from latent_jax.config.training import mixture
 from latent_jax.data import batch_shapes, packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.models import hf_export
 from latent_jax.runtime import files, hosts, provenance, sharding
-from latent_jax.training import workdir
+from latent_jax.training import resolve, workdir
 
 _NO_INPUT = {"generation_config.json"}  # of the small files, what no trained number depends on
 
@@ -49,11 +49,7 @@ def settle(
         batch_shape = packing.BatchShape(**measured["budgets"]).with_room(method.room(config))
     except TypeError as problem:
         raise UserError(f"{file}: measured.budgets: {problem}; it was begun by another version") from None
-    if batch_shape.groups % shards:
-        raise UserError(
-            f"config.data.groups: {batch_shape.groups} groups cannot be shared by {shards} data shards "
-            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
-        )
+    resolve.check_groups(batch_shape, shards)
     before, now = measured.get("mesh"), dict(mesh.shape)
     if before not in (None, now):
         notes.append(
@@ -66,16 +62,7 @@ def settle(
         schema.write(config, file, {**measured, "mesh": now})
     hosts.sync("the first host has written config.json")
     hosts.expect_shared(file)
-    chosen = {name: getattr(batch_shape, name) for name in ("groups", "rows", "tokens", "patches", "image_patches")}
-    remat = config.model.remat
-    if remat == "auto":
-        remat = "none" if jax.default_backend() == "cpu" else "full"
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **chosen),
-        model=dataclasses.replace(config.model, remat=remat),
-    )
-    return config, batch_shape, notes
+    return resolve.resolved(config, batch_shape, mesh), batch_shape, notes
 
 
 def _choose_budgets(config, method, processor: Processor, model_config, data, shards: int):
@@ -83,7 +70,7 @@ def _choose_budgets(config, method, processor: Processor, model_config, data, sh
 
     Returns (BatchShape, lines worth saying).
     """
-    vision, sample, notes = model_config.vision, [], []
+    sample, notes = [], []
     for source, weight in data:
         count = max(1, round(config.data.sample * weight))
         sample += pipeline.sample_examples(source, layout_of(method, config, processor), processor, count)
@@ -98,18 +85,8 @@ def _choose_budgets(config, method, processor: Processor, model_config, data, sh
                 f"config.data.row_tokens; the longest, {long[0].key!r}, has {len(long[0].tokens)}): such records are "
                 f"skipped and counted; rows of --config.data.tokens={len(long[0].tokens)} would take them in"
             ]
-    batch_shape = batch_shapes.choose(
-        sample,
-        batch_size=config.train.batch_size,
-        groups=config.data.groups or shards,
-        micro=config.train.accumulate,
-        window_patches=vision.window_patches,
-        merge_unit=vision.merge_unit,
-        row_tokens=config.data.row_tokens,
-        room=method.room(config),
-        named=named_sizes(config.data),
-        memory=jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    memory = jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    batch_shape = resolve.choose(sample, config, method, model_config.vision, shards, memory)
     if batch_shape.target_slots:  # of all targets, whatever the sampled records have
         batch_shape = dataclasses.replace(batch_shape, target_slots=method.targets.shape(model_config, config)[0])
     return batch_shape, notes

@@ -1,0 +1,90 @@
+"""What a config leaves open, resolved: the model's shape and dtypes, the batch's static shape, what is recomputed.
+
+Training and `plan` both call these functions, so that what is planned is what runs. No dataset is read here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_jax.config.training import PRESETS, named_sizes
+from latent_jax.data import batch_shapes
+from latent_jax.data.images import ImageSpec
+from latent_jax.data.layout import Example
+from latent_jax.data.packing import BatchShape, Size
+from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
+from latent_jax.models import hf_io
+from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import VisionConfig
+
+
+def choose(
+    sample: Sequence[Example | Size],
+    config,
+    method: Method,
+    vision: VisionConfig,
+    shards: int,
+    memory: float = math.inf,
+) -> BatchShape:
+    """The batch's shape for examples like the sampled ones; a size that the config names is kept.
+
+    shards: devices that see different groups. memory: bytes that a batch may take on the hosts.
+    """
+    return batch_shapes.choose(
+        sample,
+        batch_size=config.train.batch_size,
+        groups=config.data.groups or shards,
+        micro=config.train.accumulate,
+        window_patches=vision.window_patches,
+        merge_unit=vision.merge_unit,
+        row_tokens=config.data.row_tokens,
+        room=method.room(config),
+        named=named_sizes(config.data),
+        memory=memory,
+    )
+
+
+def check_groups(batch_shape: BatchShape, shards: int) -> None:
+    """Raises UserError where the data shards cannot share a batch's groups."""
+    if batch_shape.groups % shards:
+        raise UserError(
+            f"config.data.groups: {batch_shape.groups} groups cannot be shared by {shards} data shards "
+            "(config.mesh.replica x config.mesh.fsdp); expected a multiple"
+        )
+
+
+def resolved(config, batch_shape: BatchShape, mesh: Mesh):
+    """The config with nothing left open: the batch's sizes, and `remat` by the platform of the mesh's devices."""
+    names = ("groups", "rows", "tokens", "patches", "image_patches")
+    sizes = {name: getattr(batch_shape, name) for name in names}
+    remat = config.model.remat
+    if remat == "auto":
+        remat = "none" if mesh.devices.flat[0].platform == "cpu" else "full"
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **sizes),
+        model=dataclasses.replace(config.model, remat=remat),
+    )
+
+
+def shape_file(config, origin: Path) -> Path:
+    """The file of the model's shape: a preset for random weights, else the checkpoint's own config.json."""
+    named = config.model.init == "random" and config.model.preset
+    return PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
+
+
+def model_config(shape: ModelConfig, image: ImageSpec) -> ModelConfig:
+    """The model's shape with its processor's normalisation, which the device applies."""
+    return dataclasses.replace(shape, image_mean=image.mean, image_std=image.std)
+
+
+def stored_dtypes(config, origin: Path, shape: ModelConfig) -> dict[str, np.dtype]:
+    """Our path -> dtype in the checkpoint, from its headers; nothing for random weights."""
+    if config.model.init == "random":
+        return {}
+    return {f"vlm.{path}": weight.dtype for path, weight in hf_io.Checkpoint.open(origin).weights(shape).items()}
