@@ -30,7 +30,7 @@ from latent_jax.training.latent_config import saved_head
 from latent_jax.training.loop import loop
 from latent_jax.training.resume import check_begun, check_start, restore
 from latent_jax.training.shapes import layout_of, mesh_words, settle
-from latent_jax.training.state import Setup, TrainState, first_state, make_setup
+from latent_jax.training.state import Setup, TrainState, check_frozen, first_state, make_setup
 from latent_jax.training.step import make_step
 
 
@@ -78,6 +78,8 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
     processor.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
     # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
     dtypes = resolve.stored_dtypes(config, origin, model_config)
+    if not (directory / workdir.CONFIG).exists():
+        check_frozen(config, method, model_config)
 
     # ------------------------------------------------------------ on what data
     data = open_data(config, config.data.split)

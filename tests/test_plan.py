@@ -221,7 +221,8 @@ def failed(asked, arguments: int, temporaries: int):
     setup, batches = planning.prepare(asked, jax.devices()[:8])
     return planning.Plan(
         config=asked, topology=topologies.parse("a100-40gb:8"), mesh=dict(replica=1, fsdp=8, tp=1),
-        remat="full", batches=batches, attention=setup.attention, arguments={"parameters": arguments}, model_flops=(0.0, 0.0),
+        remat="full", batches=batches, attention=setup.attention, arguments={"parameters": arguments},
+        model_flops=(0.0, 0.0),
         temporaries=temporaries, peak=arguments + temporaries, memory=40, refused="", compiled=None,
     )  # fmt: skip
 

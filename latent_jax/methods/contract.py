@@ -6,8 +6,9 @@ of the space that latents are predicted in.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -25,6 +26,22 @@ HostBatch = Mapping[str, np.ndarray | Array]
 Record = dict[str, Any]
 Messages = Sequence[dict[str, Any]]  # a conversation in chat format
 Terms = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Where a frozen array of the head comes from; models/frozen.py has a file's tensor and a copy of the model's own.
+
+    dtype: of the checkpoint's dtypes by path, the one that it has; None: as `build_head` declares it. Reads no file.
+    check: before a run is begun, UserError where the array could not be loaded; `like` is its shape and dtype.
+    call: (path, shape and dtype and sharding, the model's arrays by path) -> the array.
+    """
+
+    def dtype(self, stored: Mapping[str, np.dtype]) -> np.dtype | None: ...
+
+    def check(self, path: str, like: jax.ShapeDtypeStruct) -> None: ...
+
+    def __call__(self, path: str, like: jax.ShapeDtypeStruct, model: Mapping[str, Array]) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +114,9 @@ class Method:
     build_head: (model config, config, rngs) -> what the method puts beside the model: its paths begin with `head.`;
       `Declare` says a parameter's axes, and whether weight decay is for it.
     learns: (path, config) -> whether a weight is trained; None: the head, and of the model what config.model says.
+      With config.model.lora_rank, adapters learn in place of the language model's matrices that it names.
+    frozen: (config) -> {path: loader} of the arrays under `head.` that are loaded before the first step and never
+      trained. They keep their dtype, in the step too. A checkpoint holds them, so that a resumed run needs no file.
     heads: methods whose saved head this one takes up, beside its own.
     head_settings: dotted settings that decide what a head predicts or reads: one saved with others is refused.
     exported: (path without `head.`) -> whether inference needs it, and an export has it.
@@ -116,6 +136,7 @@ class Method:
     room: Callable[[Any], Room] = lambda config: Room()
     build_head: Callable[[Any, Any, nnx.Rngs], nnx.Module | None] = lambda model_config, config, rngs: None
     learns: Callable[[str, Any], bool] | None = None
+    frozen: Callable[[Any], Mapping[str, Loader]] = lambda config: {}
     heads: tuple[str, ...] = ()
     head_settings: tuple[str, ...] = ()
     exported: Callable[[str], bool] = lambda path: True

@@ -232,7 +232,7 @@ def load(
     def place(path: str) -> jax.Array:
         wanted = dtype.get(path) if isinstance(dtype, Mapping) else dtype
         kept = weights[path].dtype if wanted is None else jnp.dtype(wanted)
-        return _place(weights[path], kept, (shardings or {}).get(path))
+        return place_weight(weights[path], kept, (shardings or {}).get(path))
 
     # Threads overlap reading and copying; besides, the caller's mesh context, under which jax takes no array that lives
     # on one device only, is not theirs.
@@ -240,8 +240,11 @@ def load(
         return dict(zip(weights, pool.map(place, weights), strict=True))
 
 
-def _place(weight: FileWeight, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The weight on its devices. Not jax.make_array_from_callback: that holds all local shards on the host at once."""
+def place_weight(weight: FileWeight, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The weight, or anything with `shape` and `read`, on its devices.
+
+    Not jax.make_array_from_callback: that holds all local shards on the host at once.
+    """
     if sharding is None:
         return _transfer(weight, tuple(slice(0, n) for n in weight.shape), dtype, None)
     shards, first = [], {}

@@ -103,6 +103,12 @@ def merge(arrays: Mapping[str, jax.Array | np.ndarray], rank: int, alpha: float)
     return found
 
 
+def adapted(path: str) -> str:
+    """The path of the weight that an adapter's half stands beside; of any other weight its own."""
+    owner, found, name = path.partition(PART)
+    return f"{owner}.{name[:-2]}" if found else path
+
+
 def check(rank: int, config: TextConfig) -> None:
     """Raises UserError where a rank is none that saves anything on this language model."""
     narrowest = min(config.hidden_size, config.num_key_value_heads * config.head_size)

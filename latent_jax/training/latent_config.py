@@ -93,7 +93,7 @@ def saved_head(setup: Setup, directory: str | Path) -> Arrays:
     if made.method not in (config.method, *setup.method.heads):
         _say(f"{directory}: its head is of method {made.method}; that of {config.method} starts anew")
         return {}
-    wanted = {name: path for name, path in paths.items() if setup.method.exported(name)}
+    wanted = {n: path for n, path in paths.items() if setup.method.exported(n) and path not in setup.frozen}
     for name, path in wanted.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != setup.structure.shape(path):
@@ -113,9 +113,10 @@ def rebuild(
     where: str | Path,
     dtype: DTypeLike | None,
 ) -> nnx.Module | None:
-    """The method's head around loaded tensors, its weights in `dtype`, its statistics fp32; None where it has none.
+    """The method's head around loaded tensors, its weights in `dtype`, its statistics fp32, frozen networks as stored.
 
-    Raises UserError naming a tensor that is missing, unknown, not finite or not of the shape that the method asks for.
+    Returns None where the method has none. Raises UserError naming a tensor that is missing, unknown, not finite or not
+    of the shape that the method asks for.
     """
     method = methods.find(config.method)
     made = nnx.eval_shape(lambda: method.build_head(model_config, config, nnx.Rngs(0)))
@@ -140,6 +141,7 @@ def rebuild(
     if not tensors:
         return None
     kinds = {path: dtype if structure.trained(path) else jnp.float32 for path in expected}
+    kinds |= {path: tensors[path].dtype for path in expected if f"head.{path}" in method.frozen(config)}
     return structure.build({path: jnp.asarray(np.asarray(tensors[path]), kinds[path]) for path in expected})
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from latent_jax.config.training import PRESETS, named_sizes
 from latent_jax.data import batch_shapes
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.data.layout import Example
 from latent_jax.data.packing import BatchShape, Size
 from latent_jax.errors import UserError

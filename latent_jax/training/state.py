@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 
 from latent_jax.config.training import Config
 from latent_jax.errors import UserError
-from latent_jax.methods.contract import Method
+from latent_jax.methods.contract import Loader, Method
 from latent_jax.models import hf_io, lora
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
@@ -50,10 +51,11 @@ class Setup:
     transform: optax.GradientTransformation
     dtype: jnp.dtype
     attention: attention.Choice
+    frozen: Mapping[str, Loader]
 
     @property
     def trainable(self) -> list[str]:
-        return [path for path in self.structure.variables if learns(path, self.structure, self.config, self.method)]
+        return trained_paths(self.structure, self.config, self.method, self.frozen)
 
     def ledger(self, device_kind: str, devices: int) -> flops.Ledger:
         """Counts what a step computes, on so many devices of one kind."""
@@ -63,7 +65,7 @@ class Setup:
             devices,
             passes=self.method.passes(self.config),
             text=_learnt(self.trainable, "vlm.text."),
-            vision=_learnt(self.trainable, "vlm.vision."),
+            vision=_learnt(self.trainable, "vlm.vision.", last="vlm.vision.merger."),
         )
 
     def sharding(self, path: str) -> NamedSharding:
@@ -90,13 +92,14 @@ class Setup:
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=self.sharding(path))
 
     def build(self, trainable: Arrays, frozen: Arrays, attention: str = "reference") -> LatentVLM:
-        """The model, computing in `dtype`; statistics and scalars stay fp32.
+        """The model, computing in `dtype`; statistics and scalars stay fp32, the method's frozen networks as they are.
 
         `attention` is the step's to name, with the mesh that the kernels need; what runs beside it (measuring the data,
         reports) takes rows of any number, and the reference.
         """
         arrays = {**trainable, **frozen}
-        cast = {p: a.astype(self.dtype) if a.ndim and self.structure.trained(p) else a for p, a in arrays.items()}
+        weights = {p for p, a in arrays.items() if a.ndim and self.structure.trained(p)} - self.frozen.keys()
+        cast = {p: a.astype(self.dtype) if p in weights else a for p, a in arrays.items()}
         # Stacked layers are gathered one at a time by their scan, tables over the vocabulary where they are used.
         at_once = {p for p in cast if self.structure.axes(p)[:1] not in ("L", "V")}
         whole = {p: partition.gather(a, self.structure.axes(p)) if p in at_once else a for p, a in cast.items()}
@@ -105,14 +108,20 @@ class Setup:
         return model
 
 
-def learns(path: str, structure: Structure, config, method: Method) -> bool:
-    """Whether a path is trained: as the method says, else by the config's `model` section.
+def trained_paths(structure: Structure, config, method: Method, frozen: Container[str]) -> list[str]:
+    """The paths that are trained. Statistics and the method's frozen networks never are."""
+    weights = [path for path in structure.variables if structure.trained(path) and path not in frozen]
+    return [path for path in weights if learns(path, config, method)]
+
+
+def learns(path: str, config, method: Method) -> bool:
+    """Whether a weight is trained: as the method says, else by the config's `model` section.
 
     The method's own head always; of the language model its adapters where there are any, else all of it; the vision
-    tower if asked. Statistics never.
+    tower if asked. With adapters, what a method says of a matrix of the language model holds for its adapters.
     """
-    if not structure.trained(path):
-        return False
+    if method.learns and config.model.lora_rank and path.startswith("vlm.text."):
+        return lora.PART in path and method.learns(lora.adapted(path), config)
     if method.learns:
         return method.learns(path, config)
     if path.startswith("head."):
@@ -122,11 +131,13 @@ def learns(path: str, structure: Structure, config, method: Method) -> bool:
     return config.model.trainable == "all" or not path.startswith("vlm.vision.")
 
 
-def _learnt(trainable: list[str], part: str) -> flops.Learnt:
-    """What learns of a part of the model."""
+def _learnt(trainable: list[str], part: str, last: str = " ") -> flops.Learnt:
+    """What learns of a part of the model; `last`: where its last layers stand, which no gradient goes beyond."""
     own = [path for path in trainable if path.startswith(part)]
     if not own:
         return "nothing"
+    if all(path.startswith(last) for path in own):
+        return "merger"
     return "adapters" if all(lora.PART in path for path in own) else "weights"
 
 
@@ -138,16 +149,47 @@ def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dt
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
     lora.check(config.model.lora_rank, model_config.text)
     structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
-    for path, variable in list(structure.variables.items()):
-        if path in dtypes and not learns(path, structure, config, method):
-            structure.variables[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, dtypes[path]))
-    paths = [path for path in structure.variables if learns(path, structure, config, method)]
+    frozen = _loaders(structure, config, method)
+    paths = trained_paths(structure, config, method, frozen)
+    _check_learns(paths, config)
+    kept = {path: dtypes[path] for path in dtypes.keys() & structure.variables.keys() - set(paths)}
+    kept |= {path: dtype for path, loader in frozen.items() if (dtype := loader.dtype(dtypes)) is not None}
+    for path, dtype in kept.items():
+        variable = structure.variables[path]
+        structure.variables[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, dtype))
     transform = optimizer.make(config.train, paths, {path for path in paths if structure.decayed(path)})
     dtype = compute_dtype(config, mesh)
     # By the devices of the mesh, which may be absent ones, never by the machine that builds the program.
     platform = mesh.devices.flat[0].platform
     kernel = choose_attention(config.model.attention, platform, dtype, model_config)
-    return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel)
+    return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel, frozen)
+
+
+def _loaders(structure: Structure, config, method: Method) -> Mapping[str, Loader]:
+    """The method's frozen arrays by path."""
+    frozen = method.frozen(config)
+    if unknown := sorted(path for path in frozen if not path.startswith("head.") or path not in structure.variables):
+        raise ValueError(f"Method.frozen of {config.method}: {unknown[0]!r} is no path of its head")
+    return frozen
+
+
+def check_frozen(config, method: Method, model_config: ModelConfig) -> None:
+    """Raises UserError where a frozen network could not be loaded; only file headers are read."""
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    for path, loader in _loaders(structure, config, method).items():
+        variable = structure.variables[path]
+        loader.check(path, jax.ShapeDtypeStruct(variable.shape, variable.dtype))
+
+
+def _check_learns(paths: list[str], config) -> None:
+    """Raises UserError where nothing learns, or no adapter does of those that the config asks for."""
+    if not paths:
+        raise UserError(f"config.method: {config.method} trains no weight with these settings; expected at least one")
+    if config.model.lora_rank and not any(lora.PART in path for path in paths):
+        raise UserError(
+            f"config.model.lora_rank: got {config.model.lora_rank}, but method {config.method} trains no matrix of the "
+            "language model; expected 0"
+        )
 
 
 def compute_dtype(config, mesh: Mesh) -> np.dtype:
@@ -185,6 +227,8 @@ def new_model(config, method: Method, model_config: ModelConfig) -> LatentVLM:
 def first_state(setup: Setup, directory: str | Path, head: Arrays = types.MappingProxyType({})) -> TrainState:
     """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
 
+    Frozen networks come from their loaders, whatever the checkpoint has. Raises UserError where one cannot be loaded.
+
     head: arrays that were saved beside the checkpoint (exported.saved_head), by path.
     """
     config, structure = setup.config, setup.structure
@@ -197,7 +241,7 @@ def first_state(setup: Setup, directory: str | Path, head: Arrays = types.Mappin
         types_ = {p.removeprefix("vlm."): d for p, d in dtypes.items() if p.startswith("vlm.")}
         vlm = hf_io.load(directory, setup.model_config, dtype=types_, shardings=place)
         loaded = {f"vlm.{path}": array for path, array in vlm.items()} | dict(head)
-    missing = [path for path in structure.variables if path not in loaded]
+    missing = [path for path in structure.variables if path not in loaded and path not in setup.frozen]
 
     def initialise() -> Arrays:
         arrays = structure.arrays(new_model(config, setup.method, setup.model_config))
@@ -205,6 +249,7 @@ def first_state(setup: Setup, directory: str | Path, head: Arrays = types.Mappin
 
     fresh = jax.jit(initialise, out_shardings={path: shardings[path] for path in missing})()
     arrays = {**loaded, **fresh}
+    arrays |= {path: load(path, abstract.frozen[path], arrays) for path, load in setup.frozen.items()}
     trainable = {path: arrays[path] for path in abstract.trainable}
     frozen = {path: arrays[path] for path in abstract.frozen}
     placed = jax.tree.map(lambda a: a.sharding, abstract.opt_state)

@@ -2,12 +2,12 @@
 
 The convention, everywhere in this project: a multiply-add is two FLOPs; causal attention is halved; recomputation
 (remat) and padding do not count; the logits count where they are supervised; a trained tower costs three forward passes
-and a frozen one costs one; with adapters (LoRA) no weight gradient is formed, so that matmuls with weights cost two and
-attention three; what a method runs the language model's blocks for beside the pass that is scored counts like it, but
-without logits; the vision tower is reported apart; peaks are dense bf16. Norms, rotary angles, softmax and the
-methods' small heads and adapters are left out (below 1 % at any published size; of adapters, at rank 16). On the tiny
-model the compiler counts 3.5 % more than this ledger does when told to count padding, whole rows of pairs and all
-logits too (a test holds that).
+and a frozen one costs one, also below a merger that is trained alone; with adapters (LoRA) no weight gradient is
+formed, so that matmuls with weights cost two and attention three; what a method runs the language model's blocks for
+beside the pass that is scored counts like it, but without logits; the vision tower is reported apart; peaks are dense
+bf16. Norms, rotary angles, softmax and the methods' small heads and adapters are left out (below 1 % at any published
+size; of adapters, at rank 16). On the tiny model the compiler counts 3.5 % more than this ledger does when told to
+count padding, whole rows of pairs and all logits too (a test holds that).
 """
 
 import dataclasses
@@ -104,12 +104,16 @@ def vision_forward(config: VisionConfig, work: Work) -> float:
     full = len(config.fullatt_block_indexes)
     pairs = full * work.image_pairs + (config.depth - full) * work.window_pairs
     blocks = config.depth * 2 * (4 * d * d + 3 * d * f) * work.patches + 2 * 2 * d * pairs
-    c = config.merge_unit * d
-    merger = 2 * (c * c + c * config.out_hidden_size) * work.patches / config.merge_unit
-    return float(2 * work.channels * d * work.patches + blocks + merger)
+    return float(2 * work.channels * d * work.patches + blocks) + merger_forward(config, work)
 
 
-Learnt = Literal["weights", "adapters", "nothing"]
+def merger_forward(config: VisionConfig, work: Work) -> float:
+    """The merger's part of `vision_forward`."""
+    c = config.merge_unit * config.hidden_size
+    return 2 * (c * c + c * config.out_hidden_size) * work.patches / config.merge_unit
+
+
+Learnt = Literal["weights", "adapters", "merger", "nothing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,10 @@ class Ledger:
         text = (1 if self.text == "nothing" else 3) * text_forward(self.config.text, work, self.passes)
         if self.text == "adapters":
             text -= text_matmuls(self.config.text, work, self.passes)
-        return text, (1 if self.vision == "nothing" else 3) * vision_forward(self.config.vision, work)
+        vision = (3 if self.vision == "weights" else 1) * vision_forward(self.config.vision, work)
+        if self.vision == "merger":
+            vision += 2 * merger_forward(self.config.vision, work)
+        return text, vision
 
     def utilisation(self, work: Work, seconds: float) -> dict[str, float]:
         """{"mfu": language model, "mfu_vision": vision tower}, fractions of the peak; {} where it is not known."""
