@@ -13,9 +13,16 @@ import pytest
 from latent_jax import plan as command
 from latent_jax.assets import TINY_VL
 from latent_jax.config import schema
+from latent_jax.data import typical
+from latent_jax.data.chat import Processor
+from latent_jax.data.layout import Room, Slots
+from latent_jax.data.packing import Packer, size_of
 from latent_jax.errors import UserError
 from latent_jax.main import parse
+from latent_jax.methods import sft
+from latent_jax.models.qwen2_5_vl import flops
 from latent_jax.perf import planning, topologies
+from latent_jax.training import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 # Wide enough that weights are much larger than whatever else moves, narrow enough to compile in seconds.
@@ -199,6 +206,103 @@ def test_a_model_that_is_not_here_is_named():
     asked = published("model.preset=")
     with pytest.raises(UserError, match="config.model.path: 'Qwen/Qwen2.5-VL-7B-Instruct' is not on this machine"):
         planning.prepare(asked, jax.devices()[:8])
+
+
+# ---------------------------------------------------------------- a method's typical record
+
+VIEWS, CROPS, WORDS = 3, 2, 100
+
+
+def views_of(record, index, config, processor):
+    """Three questions about an image and its two crops, each with slots before its answer."""
+    content = [{"type": "image", "image": image} for image in record["images"]]
+    shown = [
+        [
+            {"role": "user", "content": [*content, {"type": "text", "text": q["question"]}, {"type": "imagine"}]},
+            {"role": "assistant", "content": q["answer"]},
+        ]
+        for q in record["questions"]
+    ]
+    found = processor.render_conversations(shown, imagined_grid=4, key=record["key"])
+    learned = [
+        tuple(dataclasses.replace(p, source="learned") if isinstance(p, Slots) else p for p in v) for v in found.views
+    ]
+    return dataclasses.replace(found, views=tuple(learned))
+
+
+def typical_record(config):
+    images = [typical.image(280, 280), *(typical.image(112, 112) for _ in range(CROPS))]
+    questions = [
+        {"question": f"{number} {typical.words(WORDS)}", "answer": typical.words(number + 1)} for number in range(VIEWS)
+    ]
+    return {"key": "typical", "images": images, "captions": [], "questions": questions}
+
+
+TYPICAL = dataclasses.replace(
+    sft.METHOD, layout=views_of, room=lambda config: Room(slots=4 * VIEWS), typical=typical_record
+)
+
+
+@pytest.fixture
+def typical_method(monkeypatch):
+    monkeypatch.setattr(planning.methods, "find", lambda name: TYPICAL)
+
+
+def typical_config(**data):
+    return config(TINY_VL, "sft", data=dict(row_tokens=2048, **data), train=dict(batch_size=32))
+
+
+def packed(batch_shape, example):
+    """The fullest batch of such examples, by the packer that training uses."""
+    packer, number = Packer(batch_shape), 0
+    while (full := packer.add(example, number=number)) is None:
+        number += 1
+    return full
+
+
+def test_a_typical_record_is_laid_out_by_the_method_and_fills_the_batch(typical_method):
+    _, batches = planning.prepare(typical_config(max_pixels=280 * 280), jax.devices()[:4])
+    processor = Processor.from_directory(TINY_VL, None, 280 * 280)
+    example = processor.lay_out(views_of(typical_record(None), 0, None, processor))  # with its pixels
+    size = size_of(example)
+    assert (size.patches, size.slots, example.view_ids.max()) == (400 + CROPS * 64, 4 * VIEWS, VIEWS)
+    batch = packed(batches.batch_shape, example)
+    assert 400 <= batches.batch_shape.image_patches < 464 and batch["example_mask"].sum() > 1
+    assert batches.work == flops.count(batch)
+    assert batches.work.supervised == batch["example_mask"].sum() * int((example.loss_weights > 0).sum())
+    assert f"{size.tokens} tokens" in batches.example and "3 view(s), 3 image(s) of 528 patches" in batches.example
+    assert "embedded tokenizer" not in batches.example
+
+
+def test_sizes_that_the_config_names_are_kept_with_a_typical_record_too(typical_method):
+    _, batches = planning.prepare(
+        typical_config(max_pixels=280 * 280, rows=2, tokens=1536, patches=2048), jax.devices()[:4]
+    )
+    assert (batches.batch_shape.rows, batches.batch_shape.tokens, batches.batch_shape.patches) == (2, 1536, 2048)
+    with pytest.raises(UserError, match=r"config\.data\.tokens: got 64, expected at least \d+, what the smallest"):
+        planning.prepare(typical_config(tokens=64), jax.devices()[:4])
+
+
+def test_words_are_counted_without_the_targets_tokenizer(shape, typical_method):
+    asked = config(shape, "sft", data=dict(row_tokens=2048), train=dict(batch_size=32))
+    _, batches = planning.prepare(asked, jax.devices()[:4])
+    assert batches.example.endswith("; words counted by the embedded tokenizer")
+    assert batches.work.tokens > 3 * WORDS
+
+
+def test_a_method_that_names_no_record_is_planned_by_the_rule(monkeypatch):
+    silent = dataclasses.replace(TYPICAL, typical=lambda config: None)
+    monkeypatch.setattr(planning.methods, "find", lambda name: silent)
+    _, batches = planning.prepare(typical_config(max_pixels=112 * 112), jax.devices()[:4])
+    assert batches.example == "as for examples of one image of at most 64 patches and 64 text tokens"
+
+
+def test_remat_is_resolved_by_the_planned_devices(shape):
+    """By training's rule, which asks the mesh and not the machine that plans."""
+    asked = config(shape)
+    setup, batches = planning.prepare(asked, jax.devices()[:8])
+    assert setup.config.model.remat == "none"
+    assert resolve.resolved(asked, batches.batch_shape, "tpu").model.remat == "full"
 
 
 # ---------------------------------------------------------------- what does not fit

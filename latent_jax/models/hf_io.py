@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,16 @@ class Checkpoint:
         }
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """A weight that is read part by part, each a new C-ordered array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray: ...
+
+
 class FileWeight:
     """One weight in our layout, still in its files: an index reads just that part.
 
@@ -240,11 +251,8 @@ def load(
         return dict(zip(weights, pool.map(place, weights), strict=True))
 
 
-def place_weight(weight: FileWeight, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The weight, or anything with `shape` and `read`, on its devices.
-
-    Not jax.make_array_from_callback: that holds all local shards on the host at once.
-    """
+def place_weight(weight: Readable, dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The weight on its devices. Not jax.make_array_from_callback: that holds all local shards on the host at once."""
     if sharding is None:
         return _transfer(weight, tuple(slice(0, n) for n in weight.shape), dtype, None)
     shards, first = [], {}
@@ -259,7 +267,7 @@ def place_weight(weight: FileWeight, dtype: np.dtype, sharding: jax.sharding.Sha
     return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
 
 
-def _transfer(weight: FileWeight, index: tuple[slice, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
+def _transfer(weight: Readable, index: tuple[slice, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
     """One device's part of a weight, piecewise where it is large."""
     shape = tuple(part.stop - part.start for part in index)
     pieces = list(_pieces(shape, dtype.itemsize))

@@ -117,7 +117,7 @@ def prepare(config, devices: list) -> tuple[Setup, Planned]:
     shape, directory = model_shape(config)
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tp, devices)
     batch = planned(config, method, shape, directory, sharding.data_shards(mesh))
-    config = resolve.resolved(config, batch.batch_shape, mesh)
+    config = resolve.resolved(config, batch.batch_shape, mesh.devices.flat[0].platform)
     dtypes = resolve.stored_dtypes(config, directory, shape) if directory else _stated_dtypes(config, method, shape)
     return make_setup(config, method, shape, mesh, dtypes), batch
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 
 from latent_jax.config.training import PRESETS, named_sizes
 from latent_jax.data import batch_shapes
@@ -58,13 +57,13 @@ def check_groups(batch_shape: BatchShape, shards: int) -> None:
         )
 
 
-def resolved(config, batch_shape: BatchShape, mesh: Mesh):
+def resolved(config, batch_shape: BatchShape, platform: str):
     """The config with nothing left open: the batch's sizes, and `remat` by the platform of the mesh's devices."""
     names = ("groups", "rows", "tokens", "patches", "image_patches")
     sizes = {name: getattr(batch_shape, name) for name in names}
     remat = config.model.remat
     if remat == "auto":
-        remat = "none" if mesh.devices.flat[0].platform == "cpu" else "full"
+        remat = "none" if platform == "cpu" else "full"
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **sizes),

@@ -62,7 +62,7 @@ def settle(
         schema.write(config, file, {**measured, "mesh": now})
     hosts.sync("the first host has written config.json")
     hosts.expect_shared(file)
-    return resolve.resolved(config, batch_shape, mesh), batch_shape, notes
+    return resolve.resolved(config, batch_shape, mesh.devices.flat[0].platform), batch_shape, notes
 
 
 def _choose_budgets(config, method, processor: Processor, model_config, data, shards: int):

@@ -162,3 +162,57 @@ def test_attention_is_chosen_for_the_platform_and_handed_to_the_step_alone(made)
 def test_tp_must_divide_the_models_heads():
     with pytest.raises(UserError, match=r"config\.mesh\.tp: 8 does not divide the model's 4 attention heads"):
         setup(small.config(), (1, 1, 8))
+
+
+# ---------------------------------------------------------------- what a method says that learns
+
+
+def only(*begins, but=()):
+    """Fine-tuning of the paths that begin so."""
+    return dataclasses.replace(pretrain.METHOD, learns=lambda path, config: path.startswith(begins) and path not in but)
+
+
+def works(ready) -> tuple[str, str]:
+    ledger = ready.ledger("cpu", 1)
+    return ledger.text, ledger.vision
+
+
+def test_the_head_alone_learns():
+    ready = setup(small.config(), method=only("head."))
+    assert {path.split(".")[0] for path in ready.trainable} == {"head"} and "head.mean" not in ready.trainable
+    assert works(ready) == ("nothing", "nothing")
+    state = ready.abstract()
+    assert {path for path in state.frozen if path.startswith("vlm.text.")} and len(state.trainable) == len(
+        ready.trainable
+    )
+
+
+def test_backbone_and_merger_learn_with_embeddings_frozen():
+    ready = setup(small.config(), method=only("vlm.text.", "vlm.vision.merger.", but=("vlm.text.embed",)))
+    assert "vlm.text.embed" not in ready.trainable and "vlm.text.blocks.q" in ready.trainable
+    assert {path for path in ready.trainable if path.startswith("vlm.vision.")} == {
+        path for path in ready.structure.variables if path.startswith("vlm.vision.merger.")
+    }
+    assert works(ready) == ("weights", "merger")
+    tower = setup(small.config(), method=only("vlm.vision."))
+    assert works(tower) == ("nothing", "weights")
+
+
+def test_adapters_learn_in_place_of_the_matrices_that_a_method_names():
+    adapted = small.config(model={"lora_rank": 2})
+    ready = setup(adapted, method=only("head.", "vlm.text.blocks.q", "vlm.vision.merger."))
+    text = {path for path in ready.trainable if path.startswith("vlm.text.")}
+    assert text == {"vlm.text.blocks.lora.q_a", "vlm.text.blocks.lora.q_b"}
+    assert works(ready) == ("adapters", "merger")
+
+
+def test_adapters_that_nobody_would_train_are_refused():
+    with pytest.raises(
+        UserError, match=r"config\.model\.lora_rank: got 2, but method pretrain trains no matrix of the"
+    ):
+        setup(small.config(model={"lora_rank": 2}), method=only("head."))
+
+
+def test_a_run_that_trains_nothing_is_refused():
+    with pytest.raises(UserError, match="config.method: pretrain trains no weight with these settings"):
+        setup(small.config(), method=only("none."))

@@ -183,3 +183,12 @@ def test_work_adds_up():
     one = flops.Work(tokens=1, supervised=2, pairs=3.0, patches=4, window_pairs=5, image_pairs=6, channels=588)
     two = flops.Work(tokens=2, supervised=4, pairs=6.0, patches=8, window_pairs=10, image_pairs=12, channels=588)
     assert one + one == two
+
+
+def test_a_merger_that_is_trained_alone_costs_two_more_passes_of_itself():
+    frozen, merger, trained = (
+        flops.Ledger(TINY, "cpu", 1, vision=kind).flops(SOME)[1] for kind in ("nothing", "merger", "weights")
+    )
+    c, out = 4 * TINY.vision.hidden_size, TINY.vision.out_hidden_size
+    assert merger - frozen == pytest.approx(2 * 2 * (c * c + c * out) * SOME.patches / 4)
+    assert frozen < merger < trained == 3 * frozen
