@@ -231,7 +231,7 @@ def views_of(record, index, config, processor):
 
 
 def typical_record(config):
-    images = [typical.image(280, 280), *(typical.image(112, 112) for _ in range(CROPS))]
+    images = [typical.image(280, 280), *(typical.image(112, 112, number) for number in range(CROPS))]
     questions = [
         {"question": f"{number} {typical.words(WORDS)}", "answer": typical.words(number + 1)} for number in range(VIEWS)
     ]

@@ -10,10 +10,13 @@ _WORDS = ("the", "red", "cube", "is", "on", "the", "left", "of", "a", "large", "
 
 
 @functools.cache
-def image(width: int, height: int) -> bytes:
-    """A PNG file of one colour, of this size in pixels. It is a real image of a few kilobytes: it may be decoded."""
+def image(width: int, height: int, number: int = 0) -> bytes:
+    """A PNG file of one colour, of this size in pixels. It is a real image of a few kilobytes: it may be decoded.
+
+    number: images of different numbers differ. Equal ones of a conversation are one image, which is encoded once.
+    """
     file = io.BytesIO()
-    PIL.Image.new("RGB", (width, height)).save(file, "png")
+    PIL.Image.new("RGB", (width, height), (number, 128, 128)).save(file, "png")
     return file.getvalue()
 
 

@@ -335,5 +335,5 @@ def test_plan_compiles_it_for_a_tpu(scenes):
     from latent_jax.perf import planning, topologies
 
     topologies.prepare_environment()
-    found = planning.plan(run_config(scenes), topologies.parse("v5e:2x2"))
+    found = planning.plan(run_config(scenes), topologies.parse("v5e:2x4"))  # as many chips as its mesh has
     assert found.fits and found.compiled.flops > 0
