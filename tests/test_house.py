@@ -1,5 +1,5 @@
 """The house (docs/architecture.md, Directions): which folder may import which, how long a file is, how far main is from
-a loss.
+a loss, and that the documents name what is there.
 
 Imports are read from the source of the whole package. Those inside functions count too, and so do modules that are
 named in a string, as in `importlib.import_module(f"latent_jax.benchmarks.{name}")`.
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from latent_jax import methods
+from latent_jax.config import schema
 from latent_jax.config.training import Config
 from latent_jax.methods import sft
 
@@ -216,3 +218,24 @@ def test_main_to_loss_in_three_hops():
     # make_step -> the loss of the method that the config names.
     assert "method.loss" in called(functions("training/step.py")["make_step"])
     assert sft.METHOD.loss is sys.modules[sft.__name__].loss
+
+
+# ---------------------------------------------------------------- the documents
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "third_party" / "README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_documents_name_files_and_settings_that_are_there(document):
+    text = document.read_text()
+    roots = [document.parent, ROOT, PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
+    roots += [PACKAGE / "data" / "builders", PACKAGE / "models" / "qwen2_5_vl"]
+    files = set(re.findall(r"`([a-z_0-9./]+/[a-z_0-9]+\.(?:py|sh|md|yaml))(?::[a-z_0-9]+)?`", text))
+    files |= set(re.findall(r"--config=([a-z_/]+\.py)", text))
+    assert not [name for name in files if not any((root / name).exists() for root in roots)]
+    modules_named = set(re.findall(r"python -m (latent_jax\.[a-z_.]+)", text))
+    assert modules_named <= modules() | {name + "." for name in modules()}
+    configs = [schema.default(name) for name in methods.names()] + [schema.default_evaluation()]
+    known = {key for config in configs for key in schema.leaves(schema.resolve(config))}
+    settings = set(re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)=", text)) - {"a.b"}
+    assert settings <= known
