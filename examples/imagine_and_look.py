@@ -31,7 +31,7 @@ CAPTIONS, NEAREST = 3, 4
 
 
 def short_run(workdir: Path, steps: int, data: str = "") -> None:
-    """Latent pretraining of the embedded model, without the report at the end."""
+    """Latent pretraining of the embedded model, as configs/pretrain.py describes it, for fewer steps."""
     spec = importlib.util.spec_from_file_location("pretrain_config", CONFIG)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     config = module.get_config()
