@@ -57,22 +57,27 @@ def look(vlm, records: list[dict], words: list[str]) -> tuple[np.ndarray, np.nda
 
 
 def draw(records: list[dict], words: list[str], order: np.ndarray, cosine: np.ndarray, output: Path) -> None:
-    """A row for all words; a picture whose own caption they are has a green frame."""
-    size, widths = (2.1 * NEAREST + 4, 2.5 * len(words) + 1), [1.7] + [1] * NEAREST
-    figure, axes = plt.subplots(len(words), NEAREST + 1, figsize=size, squeeze=False, width_ratios=widths)
-    for row, text in zip(axes, words, strict=True):
-        row[0].text(0, 0.95, textwrap.fill(text, 34), va="top", fontsize=9, transform=row[0].transAxes)
-    for row, text, found, near in zip(axes[:, 1:], words, order, cosine, strict=True):
-        for place, index, value in zip(row, found, near, strict=True):
-            place.imshow(open_image(records[index]["images"][0]))
-            place.set_title(f"cosine {value:.2f}", fontsize=9)
-            if records[index]["captions"][0] == text:
-                tall, wide = place.images[0].get_size()
-                place.add_patch(plt.Rectangle((-0.5, -0.5), wide, tall, fill=False, color="#008040", lw=6))
+    """A row for all words: their own picture, where they are a caption, and the nearest ones."""
+    own = {record["captions"][0]: index for index, record in enumerate(records)}
+    size, widths = (2.1 * NEAREST + 5.2, 2.3 * len(words) + 0.9), [1.2, 1, 0.08] + [1] * NEAREST
+    figure, axes = plt.subplots(len(words), NEAREST + 3, figsize=size, squeeze=False, width_ratios=widths)
+    for row, text, found, near in zip(axes, words, order, cosine, strict=True):
+        row[0].text(0, 0.97, textwrap.fill(text, 24), va="top", fontsize=10, transform=row[0].transAxes)
+        shown = [(row[1], own[text], "its own picture")] if text in own else []
+        shown += [(place, i, f"cosine {c:.2f}") for place, i, c in zip(row[3:], found, near, strict=True)]
+        for place, index, title in shown:
+            picture = open_image(records[index]["images"][0])
+            place.imshow(picture)
+            place.set_title(title, fontsize=10)
+            if place is not row[1] and index == own.get(text):
+                frame = plt.Rectangle((-0.5, -0.5), picture.width, picture.height, fill=False, color="#008040", lw=6)
+                place.add_patch(frame)
     for place in axes.flat:
         place.axis("off")
-    figure.suptitle(f"Left: words. Right: of {len(records)} held-out pictures, those nearest to what was imagined.\n"
-                    "Green frame: the picture that the words were written for.", fontsize=11)  # fmt: skip
+    title = (
+        f"Right: of {len(records)} held-out pictures, the {NEAREST} nearest to what is imagined from the words alone."
+    )
+    figure.suptitle(f"{title}\nGreen frame: the words' own picture is among them.", fontsize=12)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     plt.close(figure)
