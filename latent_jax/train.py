@@ -17,7 +17,6 @@ from latent_jax.data import packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.origin import check_origin
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import files, hosts, lock, preemption, provenance, sharding, tracing
 from latent_jax.runtime.checkpoints import Checkpoints

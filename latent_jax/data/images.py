@@ -25,7 +25,7 @@ from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files
 
 T = TypeVar("T")
-# PIL warns of odd EXIF tags, palettes and sizes, in two lines an image. Files that are no image are errors, and counted.
+# PIL warns of odd EXIF tags, palettes and sizes, two lines an image. Files that are no image are errors, and counted.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # What image datasets hold. PIL knows dozens more, and one of them starts another program (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
