@@ -23,6 +23,7 @@ from latent_jax.config.training import mixture
 from latent_jax.data import batch_shapes, packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example, Layout
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.errors import UserError
 from latent_jax.inference import decode
 from latent_jax.methods import pretrain
@@ -334,7 +335,7 @@ def answers(
         chunk += [chunk[0]] * (CHUNK - count)  # a full chunk, so that one program serves all
         place = np.minimum(np.arange(at, at + CHUNK), len(examples) - 1)
         own = jnp.zeros((1, model.vlm.config.text.hidden_size)) if given is None else jnp.concatenate(given[place])
-        rows = decode.one_per_row(chunk, model.vlm.config)
+        rows = one_per_row(chunk, model.vlm.config)
         likeliest = np.asarray(_likeliest(model.vlm, rows.batch, own, image_patches=rows.image_patches))[0]
         for row, example in zip(likeliest[:count], chunk, strict=False):
             wrong = (row[: len(example.tokens)] != example.targets) & (example.loss_weights > 0)

@@ -1,23 +1,16 @@
-"""KV-cached decoding: a batch of prompts in, token ids out."""
+"""KV-cached decoding of a batch: prompts in, answers out, words and latents side by side."""
 
 import functools
-import math
-import numbers
-import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from latent_jax.data.layout import Example
-from latent_jax.data.prompt_batch import PromptBatch, bucket, given_features, packed
-from latent_jax.data.prompt_batch import one_per_row as one_per_row
-from latent_jax.errors import UserError
+from latent_jax.data.prompt_batch import PromptBatch, bucket
+from latent_jax.inference import spans
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl import cached
 from latent_jax.models.qwen2_5_vl.cached import Memory
@@ -25,7 +18,6 @@ from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.ops.sampling import greedy, sample
 
 NEW_TOKENS = 16  # the least bucket of max_new_tokens
-MOST_NEW_TOKENS = 2**17  # longer than any published model's context
 # Fewer rows than this are not thinned out when most of them have ended.
 LEAST_ROWS = 8
 
@@ -38,194 +30,96 @@ class Sampling(NamedTuple):
     top_p: Float[Array, ""] | None
 
 
-def marks(examples: Sequence[Example]) -> np.ndarray:
-    """(R, 2) uint32 that tells a prompt's draws apart: what it says and shows, and how many equal ones stand before."""
-    said, before = [zlib.crc32(e.patches.tobytes(), zlib.crc32(e.tokens.tobytes())) for e in examples], Counter()
-    found = np.zeros((len(said), 2), np.uint32)
-    for row, mark in zip(found, said):
-        row[:] = mark, before[mark]
-        before[mark] += 1
-    return found
-
-
-def check_new_tokens(value: int) -> int:
-    """`value` as an int. Raises UserError where it is none, or out of range: memory for so many tokens is kept."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= MOST_NEW_TOKENS:
-        raise UserError(f"max_new_tokens: got {value!r:.100}, expected an integer from 1 to {MOST_NEW_TOKENS}")
-    return int(value)
-
-
-def check_sampling(temperature: float, top_p: float, seed: int) -> None:
-    """Raises UserError for values of another type or out of range."""
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise UserError(f"{name}: got {value!r:.100}, expected a number")
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise UserError(f"seed: got {seed!r:.100}, expected an integer from 0 to {2**32 - 1}")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature: got {temperature}, expected a number of at least 0 (0 = greedy)")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p: got {top_p}, expected a number above 0 and at most 1 (1 = the whole vocabulary)")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed: got {seed}, expected an integer from 0 to {2**32 - 1}")
-
-
-@jax.jit
-def keys(seed: UInt32[Array, ""], marks: UInt32[Array, "R 2"]) -> Key[Array, " R"]:
-    """A key for every prompt, of the seed and of its own marks."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda mark: jax.random.fold_in(jax.random.fold_in(key, mark[0]), mark[1]))(marks)
-
-
 class Context(NamedTuple):
-    """What every row goes on from; it does not change."""
+    """What does not change while R prompts are answered: their keys and values, which of them answers see, the M-RoPE
+    positions of the first new tokens, and how tokens are drawn and spans written."""
 
     prompts: list[Memory] | Memory
     seen: Bool[Array, "R U"]
     next_positions: Int[Array, " R"]
     sampling: Sampling | None
+    span_rows: spans.Rows | None = None
 
 
-class Written(NamedTuple):
-    """The answers so far: `n` + 1 tokens of every row that is not `done`, the newest one not yet read by the model."""
+class DecodeState(NamedTuple):
+    """The answers so far.
+
+    n: index of the newest token, which the model has not read yet. tokens: those up to it; counts: how many of a row
+    belong to its answer. done: rows that have ended. cache: keys and values of the tokens before the newest.
+    """
 
     n: Int[Array, ""]
     token: Int[Array, " R"]
     tokens: Int[Array, "R W"]
     counts: Int[Array, " R"]
     done: Bool[Array, " R"]
-    recent: list[Memory] | Memory
+    cache: list[Memory] | Memory
+    inside: spans.State | None = None
 
 
-def divide(models: Sequence[LatentVLM], count: int, run: Callable[[LatentVLM, np.ndarray], list]) -> list:
-    """What `run` gives for `count` prompts, shared among copies of a model, each on its own device.
+class Answer(NamedTuple):
+    """Token ids, the end token included; of every kept span its latents (S, Z) in their own space and the inputs (S, D)
+    that were fed, as far as they were written."""
 
-    run: (a copy, numbers of its prompts, ascending) -> what it gives for each of them. In threads: a CPU device
-    computes in the thread that calls it.
-    """
-    models = models[:count]
-    if len(models) == 1:
-        return run(models[0], np.arange(count))
-    # Shuffled: prompts with long answers often stand side by side, or at every so many-th place.
-    order = np.random.default_rng(0).permutation(count)
-    shares = [np.sort(order[first :: len(models)]) for first in range(len(models))]
-    with ThreadPoolExecutor(len(models)) as pool:
-        found = pool.map(run, models, shares)
-        pairs = dict(pair for share, each in zip(shares, found) for pair in zip(share.tolist(), each, strict=True))
-    return [pairs[i] for i in range(count)]
-
-
-def _shares(examples: Sequence[Example], given, config) -> Callable[[np.ndarray], np.ndarray]:
-    """Numbers of examples -> the features given with these, of which `given` holds all, padded to a bucket."""
-    outside = np.asarray(given)
-    ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
-
-    def of(share: np.ndarray) -> np.ndarray:
-        features = np.concatenate([outside[ends[i] : ends[i + 1]] for i in share])
-        return np.pad(features, ((0, bucket(len(features)) - len(features)), (0, 0)))
-
-    return of
-
-
-def answers(
-    models: Sequence[LatentVLM],
-    examples: Sequence[Example],
-    given: Float[Array | np.ndarray, "X D"],
-    eos: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> list[list[int]]:
-    """New token ids of every laid-out prompt, shared among copies of the model, each on its own device.
-
-    At temperature 0 greedy. A prompt's draws come from the seed and the prompt itself: they are the same in any batch,
-    and a prompt that is given twice gets two answers. `given`: the features of given Slots, examples in order.
-    Raises UserError for values out of range.
-    """
-    check_sampling(temperature, top_p, seed)
-    config = models[0].vlm.config
-    own = marks(examples)
-    own_features = _shares(examples, given, config)
-
-    def answer(model: LatentVLM, share: np.ndarray) -> list[list[int]]:
-        rows, sampling = packed([examples[i] for i in share], config), None
-        features = own_features(share)
-        if temperature:
-            chosen = np.pad(own[share], ((0, len(rows.lengths) - len(share)), (0, 0)))
-            nucleus = np.float32(top_p) if top_p < 1 else None
-            sampling = Sampling(keys(np.uint32(seed), chosen), np.float32(temperature), nucleus)
-        return generate(model, rows, features, eos, max_new_tokens=max_new_tokens, sampling=sampling)
-
-    return divide(models, len(examples), answer)
-
-
-def scores(
-    models: Sequence[LatentVLM], examples: Sequence[Example], given: Float[Array | np.ndarray, "X D"]
-) -> list[Float32[np.ndarray, "_"]]:
-    """Log likelihoods of the tokens that carry loss in laid-out conversations, in order, teacher-forced; shared among
-    copies of the model. `given` as in `answers`."""
-    config = models[0].vlm.config
-    own_features = _shares(examples, given, config)
-
-    def score(model: LatentVLM, share: np.ndarray) -> list[np.ndarray]:
-        rows = packed([examples[i] for i in share], config)
-        features = own_features(share)
-        found = np.asarray(_likelihoods(model, rows.batch, features, image_patches=rows.image_patches)).reshape(-1)
-        spoken = rows.batch["loss_weights"].reshape(-1) > 0
-        own = [places[:length] for places, length in zip(rows.places, rows.lengths)]
-        return [found[places[spoken[places]]] for places in own[: len(share)]]
-
-    return divide(models, len(examples), score)
-
-
-@functools.partial(jax.jit, static_argnames="image_patches")
-def _likelihoods(model: LatentVLM, batch, given, *, image_patches: int) -> Float[Array, "1 B T"]:
-    """log p(targets[t] | what stands up to t), where the target is predicted; else anything."""
-    hidden, _ = model.vlm.decode(embed(model.vlm, batch, given, image_patches), batch)
-    # A row at a time: the logits of all of them would be the largest array of the program.
-    one = lambda row: jnp.take_along_axis(jax.nn.log_softmax(model.vlm.logits(row[0])), row[1][:, None], -1)[:, 0]  # noqa: E731
-    return jax.lax.map(one, (hidden[0], batch["targets"][0]))[None]
+    ids: list[int]
+    spans: list[tuple[np.ndarray, np.ndarray]]
 
 
 def generate(
     model: LatentVLM,
-    rows: PromptBatch,
+    prompts: PromptBatch,
     given: Float[Array | np.ndarray, "X D"],
     eos: Sequence[int],
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-) -> list[list[int]]:
-    """New token ids of every prompt, its end token included. Greedy without `sampling`.
+    writing: spans.Writing | None = None,
+    rows: spans.Rows | None = None,
+) -> list[Answer]:
+    """Answers to every prompt; greedy without `sampling`, words alone without `writing` and its `rows`.
 
     One program reads the prompts, one writes the answers; both are compiled for buckets of sizes, of which the exact
     lengths and max_new_tokens are no part. Where three quarters of the rows have ended, the others go on without them.
+    A latent counts as a token.
     """
-    ends, limit, prompts = np.array(eos, np.int32), np.int32(max_new_tokens), int((rows.lengths > 0).sum())
-    logits, memory, seen = prefill(
-        model, rows.batch, given, rows.places, rows.lengths, image_patches=rows.image_patches
-    )
-    context = Context(memory, seen, rows.next_position, sampling)
-    written = begin(model, logits, context, ends, capacity=bucket(max_new_tokens, NEW_TOKENS))
-    answers: list[list[int]] = [[]] * prompts
-    owner = np.arange(len(rows.lengths))  # the prompt that each row answers
+    ends, limit, count = np.array(eos, np.int32), np.int32(max_new_tokens), int((prompts.lengths > 0).sum())
+    read = prefill(
+        model, prompts.batch, given, prompts.places, prompts.lengths,
+        image_patches=prompts.image_patches, writing=writing,
+    )  # fmt: skip
+    context = Context(read.memory, read.seen, prompts.next_position, sampling, rows)
+    capacity = bucket(max_new_tokens, NEW_TOKENS)
+    state = begin(model, read.logits, read.carry, context, ends, capacity=capacity, writing=writing)
+    answers: list[Answer] = [Answer([], [])] * count
+    owner = np.arange(len(prompts.lengths))  # the prompt that each row answers
     while True:
         few = len(owner) // 4 if len(owner) >= LEAST_ROWS else 0
-        written = decode(model, context, written, ends, limit, np.int32(few))
-        tokens, counts, done = jax.device_get((written.tokens, written.counts, written.done))
-        for row, prompt in enumerate(owner):
-            if prompt < prompts:
-                answers[prompt] = tokens[row, : counts[row]].tolist()
-        if done.all() or int(written.n) + 1 >= max_new_tokens:
+        state = decode(model, context, state, ends, limit, np.int32(few), writing=writing)
+        tokens, counts, done = jax.device_get((state.tokens, state.counts, state.done))
+        last = done.all() or int(state.n) + 1 >= max_new_tokens
+        chosen = np.argsort(done, kind="stable")[:few]
+        leaving = np.arange(len(owner)) if last else np.setdiff1d(np.arange(len(owner)), chosen)
+        kept = spans.kept(state.inside, rows, leaving, owner) if writing and writing.keep else {}
+        for row in leaving.tolist():
+            if owner[row] < count:
+                answers[owner[row]] = Answer(tokens[row, : counts[row]].tolist(), kept.get(row, []))
+        if last:
             return answers
         # Those that go on, and some that have ended to make up the number.
-        chosen = np.argsort(done, kind="stable")[:few]
-        owner, (context, written) = owner[chosen], take(context, written, chosen)
+        owner, (context, state) = owner[chosen], keep_rows(context, state, chosen)
 
 
-@functools.partial(jax.jit, static_argnames="image_patches")
+class Read(NamedTuple):
+    """Prompts that the model has read: fp32 logits of each one's first new token, what the layers keep of it, which of
+    it answers see, and what the method keeps of it for spans."""
+
+    logits: Float[Array, "R V"]
+    memory: list[Memory] | Memory
+    seen: Bool[Array, "R U"]
+    carry: object
+
+
+@functools.partial(jax.jit, static_argnames=("image_patches", "writing"))
 def prefill(
     model: LatentVLM,
     batch: dict[str, Array],
@@ -234,101 +128,141 @@ def prefill(
     lengths: Int[Array, " R"],
     *,
     image_patches: int,
-) -> tuple[Float[Array, "R V"], list[Memory] | Memory, Bool[Array, "R U"]]:
-    """(fp32 logits of each prompt's first new token, what the layers keep of the prompts, which of it answers see)."""
+    writing: spans.Writing | None = None,
+) -> Read:
+    """Reads the prompts; `places` and `lengths` as in PromptBatch, `given` as in `embed`."""
     vlm = model.vlm
-    x = embed(vlm, batch, given, image_patches)
+    merged = visual(vlm, batch, image_patches)
+    x = join(vlm, batch, given, merged)
     rows = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
     masks = {name: batch[name][0] for name in ("hidden", "late") if name in batch}
     hidden, memory = cached.prefill(vlm.text, x[0], *rows, places, lengths, **masks)
-    return vlm.logits(hidden), memory, cached.seen(places, lengths, **masks)
+    carry = writing.span.start(model, batch, merged, writing.config) if writing else None
+    return Read(vlm.logits(hidden), memory, cached.seen(places, lengths, **masks), carry)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def begin(model: LatentVLM, logits: Float[Array, "R V"], context: Context, eos: Int[Array, " Z"], *, capacity: int):
+@functools.partial(jax.jit, static_argnames=("capacity", "writing"))
+def begin(
+    model: LatentVLM,
+    logits: Float[Array, "R V"],
+    carry: object,
+    context: Context,
+    eos: Int[Array, " _"],
+    *,
+    capacity: int,
+    writing: spans.Writing | None = None,
+) -> DecodeState:
     """Every row's first token, with room for `capacity` of them."""
     R = len(context.seen)
-    token = _choose(logits, context.sampling, 0)
-    empty = Written(
-        jnp.int32(0),
-        token,
-        jnp.zeros((R, capacity), jnp.int32),
-        jnp.zeros(R, jnp.int32),
-        ~context.seen.any(axis=1),
-        cached.empty(model.vlm.text, R, capacity),
+    state = DecodeState(
+        n=jnp.int32(-1),
+        token=jnp.zeros(R, jnp.int32),
+        tokens=jnp.zeros((R, capacity), jnp.int32),
+        counts=jnp.zeros(R, jnp.int32),
+        done=~context.seen.any(axis=1),
+        cache=cached.empty(model.vlm.text, R, capacity),
+        inside=spans.begin(model, writing, context.next_positions, carry) if writing else None,
     )
-    return _note(empty, token, eos)
+    return _note(state, _choose(model, context, writing, logits, state), eos)
 
 
-@functools.partial(jax.jit, donate_argnames="written")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="writing")
 def decode(
     model: LatentVLM,
     context: Context,
-    written: Written,
-    eos: Int[Array, " Z"],
+    state: DecodeState,
+    eos: Int[Array, " _"],
     limit: Int[Array, ""],
     few: Int[Array, ""],
-) -> Written:
+    *,
+    writing: spans.Writing | None = None,
+) -> DecodeState:
     """Goes on until `limit` tokens are written or at most `few` rows are left that have not ended.
 
-    Every row has its own length, position, key and end, so a row's tokens do not depend on its neighbours.
+    Every row has its own length, position, key, span and end, so a row's tokens do not depend on its neighbours.
     """
-    text = model.vlm.text
+    text, config = model.vlm.text, model.vlm.config
     layers, table = cached.layers_of(text), text.embed[...]
 
-    def going(written: Written):
-        return (written.n + 1 < limit) & ((~written.done).sum() > few)
+    def going(state: DecodeState):
+        return (state.n + 1 < limit) & ((~state.done).sum() > few)
 
-    def turn(written: Written):
-        n, token = written.n, written.token
-        hidden, recent = cached.step(
-            text,
-            layers,
-            table[token],
-            context.next_positions + n,
-            context.prompts,
-            context.seen,
-            written.recent,
-            n,
-        )
-        token = _choose(model.vlm.logits(hidden), context.sampling, n + 1)
-        return _note(written._replace(n=n + 1, token=token, recent=recent), token, eos)
+    def turn(state: DecodeState):
+        n, newest, x = state.n, state.token, table[state.token]
+        if writing:
+            x, positions, inside = spans.read(model, writing, context.span_rows, state.inside, x)
+        else:
+            positions = jnp.broadcast_to((context.next_positions + n)[:, None], (len(x), 3))
+        hidden, cache = cached.step(text, layers, x, positions, context.prompts, context.seen, state.cache, n)
+        token = _choose(model, context, writing, model.vlm.logits(hidden), state)
+        if writing:
+            token, inside = spans.follow(config, context.span_rows, inside, hidden, newest, token)
+            state = state._replace(inside=inside)
+        return _note(state._replace(cache=cache), token, eos)
 
-    return jax.lax.while_loop(going, turn, written)
+    return jax.lax.while_loop(going, turn, state)
 
 
-def _choose(logits: Float[Array, "R V"], sampling: Sampling | None, n) -> Int[Array, " R"]:
-    """Token n of every row."""
-    if sampling is None:
-        return greedy(logits)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, n)
-    return sample(logits, keys, sampling.temperature, sampling.top_p)
+def _choose(
+    model: LatentVLM,
+    context: Context,
+    writing: spans.Writing | None,
+    logits: Float[Array, "R V"],
+    state: DecodeState,
+) -> Int[Array, " R"]:
+    """Token n + 1 of every row, were it at words."""
+    config, n = model.vlm.config, state.n + 1
+    if writing:
+        logits = spans.allowed(config, context.span_rows, logits)
+    if context.sampling is None:
+        token = greedy(logits)
+    else:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(context.sampling.keys, n)
+        token = sample(logits, keys, context.sampling.temperature, context.sampling.top_p)
+    return spans.by_rule(config, writing, context.span_rows, state.tokens, n, token) if writing else token
 
 
-def _note(written: Written, token: Int[Array, " R"], eos: Int[Array, " Z"]) -> Written:
-    """Writes down token n of the rows that have not ended before it."""
-    n, done = written.n, written.done
-    tokens = jax.lax.dynamic_update_slice_in_dim(written.tokens, jnp.where(done, 0, token)[:, None], n, axis=1)
-    return written._replace(tokens=tokens, counts=written.counts + ~done, done=done | jnp.isin(token, eos))
+def _note(state: DecodeState, token: Int[Array, " R"], eos: Int[Array, " _"]) -> DecodeState:
+    """Writes down token n + 1 of the rows that have not ended before it."""
+    n, done = state.n + 1, state.done
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, jnp.where(done, 0, token)[:, None], n, axis=1)
+    counts = state.counts + ~done
+    return state._replace(n=n, token=token, tokens=tokens, counts=counts, done=done | jnp.isin(token, eos))
 
 
 @jax.jit
-def take(context: Context, written: Written, rows: Int[Array, " R2"]) -> tuple[Context, Written]:
+def keep_rows(context: Context, state: DecodeState, rows: Int[Array, " _"]) -> tuple[Context, DecodeState]:
     """Only these rows."""
 
-    def memory(kept):
+    def cache(kept):  # stacked layers stand before the rows
         return jax.tree.map(lambda array: jnp.take(array, rows, axis=array.ndim - 4), kept)
 
+    take = lambda tree: jax.tree.map(lambda array: array[rows], tree)
     sampling = context.sampling and context.sampling._replace(keys=context.sampling.keys[rows])
-    context = Context(memory(context.prompts), context.seen[rows], context.next_positions[rows], sampling)
-    own = {name: getattr(written, name)[rows] for name in ("token", "tokens", "counts", "done")}
-    return context, written._replace(**own, recent=memory(written.recent))
+    context = Context(
+        cache(context.prompts), context.seen[rows], context.next_positions[rows], sampling, take(context.span_rows)
+    )
+    own = {name: take(getattr(state, name)) for name in ("token", "tokens", "counts", "done", "inside")}
+    return context, state._replace(**own, cache=cache(state.cache))
 
 
-def embed(model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"], image_patches: int):
-    """Input embeddings (1, B, T, D): words, visual tokens, and given features such as imagined latents."""
+def embed(
+    model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"], image_patches: int
+) -> Float[Array, "1 B T D"]:
+    """Input embeddings: words, visual tokens, and given features such as imagined latents."""
+    return join(model, batch, given, visual(model, batch, image_patches))
+
+
+def visual(model: Qwen2_5_VL, batch: dict[str, Array], image_patches: int) -> Float[Array, "1 M D"] | None:
+    """The merged visual tokens of all prompts; None where none shows an image."""
+    return model.encode(batch, image_patches=image_patches)[0] if batch["patches"].shape[1] else None
+
+
+def join(
+    model: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"], merged: Float[Array, "1 M D"] | None
+) -> Float[Array, "1 B T D"]:
+    """Input embeddings from merged visual tokens and given features."""
     features = given[None]
-    if batch["patches"].shape[1]:
-        merged, _, _ = model.encode(batch, image_patches=image_patches)
+    if merged is not None:
         features = jnp.concatenate([merged, features.astype(merged.dtype)], axis=1)
     return model.embed(batch["tokens"], batch["feature_index"], features if features.shape[1] else None)

@@ -21,8 +21,8 @@ from latent_jax.data.layout import Example, Slots
 from latent_jax.data.messages import check as check_messages
 from latent_jax.data.messages import imagine_parts, without_imagined
 from latent_jax.errors import UserError
-from latent_jax.inference import decode
-from latent_jax.methods.contract import Messages, Think
+from latent_jax.inference import batches
+from latent_jax.methods.contract import Messages, Span, Think
 from latent_jax.models.heads import LatentVLM
 
 
@@ -71,23 +71,27 @@ def think(
         for layout in way.layouts(messages, settings, processor, variant or way.variants[0])
     ]
     examples = [processor.lay_out(layout) for layout in layouts]
-    marks = decode.marks(examples)
+    marks = batches.marks(examples)
 
     def run(model: LatentVLM, share: np.ndarray) -> list[Thought]:
         laid = prompt_batch.packed([examples[i] for i in share], model.vlm.config)
         config = with_images(settings, laid.image_patches)
-        keys = decode.keys(np.uint32(seed), np.pad(marks[share], ((0, len(laid.lengths) - len(share)), (0, 0))))
+        keys = batches.keys(np.uint32(seed), np.pad(marks[share], ((0, len(laid.lengths) - len(share)), (0, 0))))
         latents, inputs = _run(model, laid.batch, keys, np.float32(temperature), way=way, config=config)
         found = zip(np.asarray(latents.astype(jnp.float32)), np.asarray(inputs), strict=True)
         return [Thought(*each) for each, _ in zip(found, share, strict=False)]
 
-    thoughts = iter(decode.divide(models, len(examples), run))
+    thoughts = iter(batches.divide(models, len(examples), run))
     return [[next(thoughts) for _ in parts] for parts in wanted]
 
 
 @functools.partial(jax.jit, static_argnames=("way", "config"))
 def _run(model, batch, keys, temperature, *, way: Think, config):
     return way.run(model, batch, config, keys, temperature)
+
+
+# A given answer: its text, or text and latents parts in order.
+Given = str | Sequence[dict]
 
 
 class Prompts(NamedTuple):
@@ -103,13 +107,13 @@ def prompts(
     hidden: int,
     conversations: Sequence[Messages],
     inputs: Sequence[Sequence[np.ndarray]],
-    answers: Sequence[str] | None = None,
+    answers: Sequence[Given] | None = None,
 ) -> Prompts:
     """Lays conversations out for an answer.
 
     inputs: for every conversation what stands in the place of its imagine parts, (M, D) each; () leaves them out.
-    hidden: D. answers: given answers, which end the sequences and carry loss. Raises UserError where an array does not
-    fit its place.
+    hidden: D. answers: given answers, which end the sequences; their texts carry loss. Raises UserError where an array
+    does not fit its place.
     """
     if len(inputs) != len(conversations):
         raise UserError(f"thoughts: got those of {len(inputs)} conversations, expected {len(conversations)}")
@@ -120,19 +124,41 @@ def prompts(
         if len(own) not in (0, len(parts)):
             raise UserError(f"thoughts of conversation {number}: got {len(own)}, expected none or {len(parts)}")
         said = list(messages) if own else without_imagined(messages)
+        example = processor.lay_out(processor.render(said, answers is None, imagined_grid=shape))
+        given += [_fitting(array, shape, hidden, f"thoughts of conversation {number}") for array in own]
         if answers is not None:
-            said += [{"role": "assistant", "content": answers[number]}]
-        layout = processor.render(said, add_generation_prompt=answers is None, imagined_grid=shape)
-        examples.append(processor.lay_out(layout))
-        for array in own:
-            expected = (Slots(shape).count, hidden)
-            if np.shape(array) != expected or not np.isfinite(np.asarray(array, np.float32)).all():
-                raise UserError(
-                    f"thoughts of conversation {number}: an array of shape {np.shape(array)}, expected {expected} "
-                    "finite numbers"
-                )
-            given.append(np.asarray(array))
+            content, latents = answers[number], []
+            if not isinstance(content, str):
+                wanted = span_of(settings).shape(example, settings) if any("latents" in part for part in content) else 0
+                content, latents = _with_latents(content, wanted, hidden, f"answer {number}")
+            said.append({"role": "assistant", "content": content})
+            example = processor.lay_out(processor.render(said, imagined_grid=shape))
+            given += latents
+        examples.append(example)
     return Prompts(examples, np.concatenate(given, dtype=given[-1].dtype))
+
+
+def _with_latents(
+    content: Sequence[dict], shape: int | tuple[int, int], hidden: int, where: str
+) -> tuple[list[dict], list[np.ndarray]]:
+    """(the content with imagine parts in the place of its latents, these latents)."""
+    parts, latents = [], []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") == "latents":
+            latents.append(_fitting(part.get("latents"), shape, hidden, where))
+            part = {"type": "imagine", "grid": shape}
+        elif not isinstance(part, dict) or part.get("type") != "text":
+            raise UserError(f"{where}: a part {part!r:.100}; expected text or latents")
+        parts.append(part)
+    return parts, latents
+
+
+def _fitting(array, shape: int | tuple[int, int], hidden: int, where: str) -> np.ndarray:
+    """The array. Raises UserError where it is none of the inputs of a part of this shape."""
+    expected, found = (Slots(shape).count, hidden), np.asarray(array)
+    if found.shape != expected or not np.isfinite(found.astype(np.float32)).all():
+        raise UserError(f"{where}: an array of shape {found.shape}, expected {expected} finite numbers")
+    return found
 
 
 def asked(messages: Messages) -> list[dict]:
@@ -147,6 +173,14 @@ def way_of(settings) -> Think:
     if way is None:
         raise NoThought("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
     return way
+
+
+def span_of(settings) -> Span:
+    """How the method of these settings writes latents inside an answer. Raises UserError where it does not."""
+    span = settings and methods.find(settings.method).span
+    if not span:
+        raise UserError("an answer with latents, of a model that writes none inside its answers")
+    return span
 
 
 def with_images(settings, image_patches: int):

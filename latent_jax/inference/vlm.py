@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from latent_jax.config.fields import check, shown
 from latent_jax.config.training import Config as RunConfig
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Image, Layout
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.errors import UserError
-from latent_jax.inference import decode, prompts
+from latent_jax.inference import batches, decode, prompts
+from latent_jax.inference.spans import Given, Writing, counted
 from latent_jax.methods.contract import Batch
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentVLM
@@ -33,6 +35,27 @@ from latent_jax.training.workdir import Run, is_workdir, named_step, place, spli
 
 Messages = Sequence[dict[str, Any]]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Options(TypedDict, total=False):
+    """How answers are made; see VLM.reply."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    thoughts: Sequence[Sequence[np.ndarray]] | None
+    spans: Sequence[Given] | None
+
+
+class Reply(NamedTuple):
+    """An answer: its text, special tokens skipped; its token ids, the end included; where they are kept, the latents of
+    its spans; and how many spans it opened and closed."""
+
+    text: str
+    ids: list[int]
+    spans: list[prompts.Thought]
+    opened: int
+    closed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +83,34 @@ class VLM:
         return bool(self.settings and methods.find(self.settings.method).think)
 
     @property
+    def writes(self) -> bool:
+        """Whether the method that trained it has latents inside an answer."""
+        return bool(self.settings and methods.find(self.settings.method).span)
+
+    @property
     def config(self) -> ModelConfig:
         return self.model.vlm.config
 
     def logits(self, messages: Messages) -> np.ndarray:
         """(tokens, vocabulary) float32 logits after the chat template with the generation prompt."""
         examples, given = self.prompts([messages])
-        rows = decode.one_per_row(examples, self.config)
+        rows = one_per_row(examples, self.config)
         hidden = _hidden(self.model.vlm, rows.batch, given, rows.image_patches)[0, 0, : rows.lengths[0]]
         return np.asarray(self.model.vlm.logits(hidden))
 
     def generate(
+        self, conversations: Sequence[Messages], max_new_tokens: int = 32, **options: Unpack[Options]
+    ) -> list[str]:
+        """Answers to a batch of conversations, special tokens skipped; greedy by default. See `reply`."""
+        return [reply.text for reply in self.reply(conversations, max_new_tokens, **options)]
+
+    def generate_ids(
+        self, conversations: Sequence[Messages], max_new_tokens: int = 32, **options: Unpack[Options]
+    ) -> list[list[int]]:
+        """As `generate`: the new token ids of each conversation, the one that ended it included."""
+        return [reply.ids for reply in self.reply(conversations, max_new_tokens, **options)]
+
+    def reply(
         self,
         conversations: Sequence[Messages],
         max_new_tokens: int = 32,
@@ -79,73 +119,73 @@ class VLM:
         top_p: float = 1.0,
         seed: int = 0,
         thoughts: Sequence[Sequence[np.ndarray]] | None = None,
-    ) -> list[str]:
-        """Answers to a batch of conversations, special tokens skipped; greedy by default.
+        spans: Sequence[Given] | None = None,
+        keep: bool = False,
+    ) -> list[Reply]:
+        """Answers to a batch of conversations, with what is known of their latents.
 
         Args:
-          max_new_tokens: most tokens of an answer, its end included.
+          max_new_tokens: most tokens of an answer, its end and the latents inside it included.
           temperature: above 0, tokens are drawn from softmax(logits / temperature).
           top_p: and only from the fewest likeliest ones whose probabilities reach this.
           seed: of the draws. They do not depend on the other conversations of the batch, but a conversation that
             stands in it twice gets two answers.
           thoughts: for every conversation what stands in the place of its imagine parts, input embeddings (M, D) each,
             or () to leave the parts out; None: what the model thinks itself (`think`).
+          spans: for every conversation what is fed as the latents inside its answer: None the model's own, () lets it
+            open no span, else input embeddings (count, D) of each span in order, the last one for all that follow.
+          keep: replies hold their spans.
 
         Raises UserError for a value out of range or a message that cannot be shown.
         """
-        answers = self.generate_ids(
-            conversations, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, thoughts=thoughts
-        )
-        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-
-    def generate_ids(
-        self,
-        conversations: Sequence[Messages],
-        max_new_tokens: int = 32,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        thoughts: Sequence[Sequence[np.ndarray]] | None = None,
-    ) -> list[list[int]]:
-        """As `generate`: the new token ids of each conversation, the one that ended it included."""
-        max_new_tokens = decode.check_new_tokens(max_new_tokens)
-        decode.check_sampling(temperature, top_p, seed)
+        max_new_tokens = batches.check_new_tokens(max_new_tokens)
+        batches.check_sampling(temperature, top_p, seed)
         if not isinstance(conversations, list | tuple):
             raise UserError(f"conversations: {shown(conversations)}; expected a list of conversations")
+        if spans is not None and len(spans) != len(conversations):
+            raise UserError(f"spans: got those of {len(spans)} conversations, expected {len(conversations)}")
         if not conversations:
             return []
         examples, given = self.prompts(conversations, thoughts)
-        return decode.answers(
-            self.copies or (self.model,),
-            examples,
-            given,
-            self.eos,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        span = self.settings and methods.find(self.settings.method).span
+        if spans is not None and any(spans) and not span:
+            raise UserError(f"spans: {self.name} writes no latents inside its answers")
+        answers = batches.answers(
+            self.copies or (self.model,), examples, given, self.eos,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            writing=Writing(span, self.settings, keep) if span else None, inside=spans,
+        )  # fmt: skip
+        return [
+            Reply(
+                self.processor.tokenizer.decode(answer.ids, skip_special_tokens=True),
+                answer.ids,
+                [prompts.Thought(latents.astype(np.float32), inputs) for latents, inputs in answer.spans],
+                *(counted(self.config, answer.ids) if span else (0, 0)),
+            )
+            for answer in answers
+        ]
 
     def score(
         self,
         conversations: Sequence[Messages],
-        answers: Sequence[str],
+        answers: Sequence[prompts.Given],
         thoughts: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> list[np.ndarray]:
         """Log likelihoods (fp32, one a token) of given answers and of the `<|im_end|>` behind each, teacher-forced.
 
-        thoughts: as in `generate`. Raises UserError where there is not one answer, a text, for each conversation.
+        answers: texts, or lists of parts {"type": "text", "text": ...} and {"type": "latents", "latents": (count, D)},
+          the input embeddings of a span. thoughts: as in `reply`. Raises UserError where there is not one answer for
+          each conversation.
         """
-        if len(answers) != len(conversations) or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"answers: expected {len(conversations)} texts, one for each conversation")
+        if len(answers) != len(conversations) or not all(isinstance(answer, str | list | tuple) for answer in answers):
+            raise UserError(f"answers: expected {len(conversations)} of them, each a text or a list of parts")
         examples, given = self.prompts(conversations, thoughts, answers)
-        return decode.scores(self.copies or (self.model,), examples, given)
+        return batches.scores(self.copies or (self.model,), examples, given)
 
     def encode_image(self, image: Any) -> np.ndarray:
         """(visual tokens, hidden) float32: what the frozen encoder sees, in reading order."""
         example = self.processor.lay_out(Layout(images=(image,), trunk=(Image(0),)))
-        rows = decode.one_per_row([example], self.config)
+        rows = one_per_row([example], self.config)
         merged = _encode(self.model.vlm, rows.batch, rows.image_patches)
         order = example.feature_index[example.feature_index >= 0]
         return np.asarray(merged[0].astype(jnp.float32))[order]
@@ -181,9 +221,9 @@ class VLM:
         self,
         conversations: Sequence[Messages],
         thoughts: Sequence[Sequence[np.ndarray]] | None = None,
-        answers: Sequence[str] | None = None,
+        answers: Sequence[prompts.Given] | None = None,
     ) -> prompts.Prompts:
-        """The conversations laid out for an answer, or with given ones; `thoughts` as in `generate`."""
+        """The conversations laid out for an answer, or with given ones as in `score`; `thoughts` as in `reply`."""
         if thoughts is None:
             thoughts = [[thought.inputs for thought in own] for own in self.think(conversations)]
         width = self.config.text.hidden_size

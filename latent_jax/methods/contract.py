@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from latent_jax.config.training import Config, sections
-from latent_jax.data.layout import Layout, Room
+from latent_jax.data.layout import Example, Layout, Room
 
 if TYPE_CHECKING:
     from latent_jax.data.chat import Processor as Processor
@@ -100,6 +100,34 @@ class Think:
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Latents that the model writes for itself inside an answer.
+
+    A span begins where the answer has the opening vision mark. Then come its latents, each made of the final hidden
+    state before it and fed back in the place of a token embedding, and the closing mark. How many there are is known
+    before the answer begins; the tokens of latents and of the closing mark are not drawn.
+
+    most: (config) -> S, the most latents of a span; a part of the compiled program, as the rest of this value.
+    shape: (prompt, config) -> how many a span has in the answer to it, which take M-RoPE positions as text does, or the
+      (rows, columns) of the image whose positions they take.
+    feed: (model, hidden (R, D), carry, i (R,), config) -> (latents (R, Z) in their own space, inputs (R, D), carry):
+      latent i of a span, from 0. A row's result depends on that row alone; rows that are at words are ignored.
+    start: (model, batch, merged visual tokens (1, M, D) or None, config) -> carry: what `feed` keeps of every prompt, a
+      pytree of arrays with leading axis R; `batch` as training sees it, with G = 1 and E = R.
+    rule: (tokens (R, W), number of tokens written (), config) -> (R,): rows whose next token is the opening mark,
+      whatever the model would say. None: the model opens its spans itself.
+    kept: J, spans of an answer whose latents can be looked at or replaced.
+    """
+
+    most: Callable[[Any], int]
+    shape: Callable[[Example, Any], int | tuple[int, int]]
+    feed: Callable[[Any, Float[Array, "R D"], Any, Int[Array, " R"], Any], tuple[Array, Array, Any]]
+    start: Callable[[Any, Batch, Array | None, Any], Any] = lambda model, batch, merged, config: None
+    rule: Callable[[Int[Array, "R W"], Int[Array, ""], Any], Bool[Array, " R"]] | None = None
+    kept: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A training method.
 
@@ -123,7 +151,7 @@ class Method:
     passes: (config) -> how often a step runs the language model's blocks over the batch.
     typical: (config) -> a record of typical length, which `plan` lays out by `layout` and sizes batches for
       (data/typical.py makes its parts); None: one image and a few words.
-    think: None where the method has no latents before an answer.
+    think: None where the method has no latents before an answer; span: None where it has none inside.
     statistics, targets: None where the method measures nothing, or has no targets to cache.
     report: the module that reports on held-out data after the last step: `run`, `lacking`, and the FILES it writes.
     """
@@ -143,6 +171,7 @@ class Method:
     passes: Callable[[Any], int] = lambda config: 1
     typical: Callable[[Any], Record | None] | None = None
     think: Think | None = None
+    span: Span | None = None
     statistics: Statistics | None = None
     targets: CachedTargets | None = None
     report: str = ""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import PIL.Image
 
 from latent_jax.data.scenes import render, world
-from latent_jax.inference import decode, vlm
+from latent_jax.inference import batches, vlm
 from latent_jax.perf import models, theirs, timing
 from latent_jax.perf.timing import Report
 
@@ -39,7 +39,9 @@ def measure(options) -> Report:
         answers: dict[str, list[list[int]]] = {}
 
         def ours() -> None:
-            answers["ours"] = decode.answers(copies, examples, given, loaded.eos, max_new_tokens=new)
+            answers["ours"] = [
+                answer.ids for answer in batches.answers(copies, examples, given, loaded.eos, max_new_tokens=new)
+            ]
 
         sides: dict[str, Callable[[], object]] = {"ours": ours}
         if options.against == "torch":

@@ -20,6 +20,7 @@ from flax import nnx
 
 from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import IMAGE_PAD, Processor
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.data.scenes import render, world
 from latent_jax.errors import UserError
 from latent_jax.inference import decode
@@ -213,11 +214,11 @@ def observe_ours(directory: Path, processor: Processor, dtype: str, max_new_toke
     # Accelerators multiply fp32 matrices in TF32 or bfloat16 unless told.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         for name, messages in prompts().items():
-            rows = decode.one_per_row([processor.lay_out(processor.render(messages, True))], config)
+            rows = one_per_row([processor.lay_out(processor.render(messages, True))], config)
             given = jnp.zeros((1, config.text.hidden_size))
             layers = _named(config, _activations(model, rows.batch, given, rows.image_patches), rows)
-            (tokens,) = decode.generate(LatentVLM(model, None), rows, given, eos, max_new_tokens=max_new_tokens)
-            found[name] = Observed(layers, tokens)
+            (answer,) = decode.generate(LatentVLM(model, None), rows, given, eos, max_new_tokens=max_new_tokens)
+            found[name] = Observed(layers, answer.ids)
     del model
     gc.collect()
     return found

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import latent_jax
+from latent_jax.data.prompt_batch import bucket
 from latent_jax.errors import UserError
-from latent_jax.inference import decode
+from latent_jax.inference import batches, decode
 from tests.reference.checkpoints import saved
 from tests.reference.conversations import STILLS, picture, user
 
@@ -27,12 +28,12 @@ def sampled(vlm, conversations, **options):
 def test_lengths_share_programs(vlm):
     """Twelve prompts of different lengths and six limits: two programs read and two write."""
     prompts = [len(vlm.processor.lay_out(vlm.processor.render(messages, True)).tokens) for messages in WORDS]
-    assert len(set(prompts)) == len(prompts) and max(prompts) <= 2 * decode.bucket(max(prompts) // 2 + 1, 32)
+    assert len(set(prompts)) == len(prompts) and max(prompts) <= 2 * bucket(max(prompts) // 2 + 1, 32)
     programs = (decode.prefill, decode.decode)
     before = [program._cache_size() for program in programs]
     free = [vlm.generate_ids([messages], NEW) for messages in WORDS]
     read, write = (program._cache_size() - old for program, old in zip(programs, before))
-    buckets = len({decode.bucket(length, 32) for length in prompts})
+    buckets = len({bucket(length, 32) for length in prompts})
     assert buckets < 6 and (read, write) == (buckets, buckets)
     for limit in range(1, NEW):
         assert vlm.generate_ids([WORDS[0]], limit) == [free[0][0][:limit]]
@@ -97,7 +98,11 @@ def test_rows_that_ended_are_left_behind(vlm):
     """Nine prompts, of which two go on for longer than the others: in a smaller program, and as before."""
     examples = vlm.prompts([*WORDS[:8], STILLS[1]]).examples
     nothing, options = jnp.zeros((1, 160)), dict(temperature=0.8, seed=2)
-    run = lambda eos: decode.answers((vlm.model,), examples, nothing, eos, max_new_tokens=NEW, **options)
+
+    def run(eos):
+        found = batches.answers((vlm.model,), examples, nothing, eos, max_new_tokens=NEW, **options)
+        return [answer.ids for answer in found]
+
     free = run((-1,))
     spared = {*free[3][:10], *free[8][:10]}
     ends = [next((token for token in ids if token not in spared), -1) for ids in free]
@@ -105,9 +110,9 @@ def test_rows_that_ended_are_left_behind(vlm):
     want = [ids[: next((i + 1 for i, token in enumerate(ids) if token in eos), NEW)] for ids in free]
     most = sorted(map(len, want))
     assert most[-3] < most[-1], "the answers are too much alike for this test"
-    before = decode.take._cache_size()
+    before = decode.keep_rows._cache_size()
     assert run(eos) == want
-    assert decode.take._cache_size() == before + 1, "no row was left behind"
+    assert decode.keep_rows._cache_size() == before + 1, "no row was left behind"
 
 
 def test_values_out_of_range(vlm):

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 import latent_jax
+from latent_jax import generate
 from latent_jax.config import schema
 from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.evaluation.answering import checksum
-from latent_jax.inference import decode
 from latent_jax.inference.vlm import eos_ids
 from latent_jax.methods import pretrain
 from latent_jax.models import hf_export
@@ -177,7 +177,7 @@ def test_generate_takes_a_step_and_names_one_that_is_not_there(workdir, capsys, 
     def run(step):
         flags = [f"--model={workdir / CHECKPOINTS / step}", "--prompt=What is it?", "--max_new_tokens=4"]
         monkeypatch.setattr("sys.argv", ["generate", *flags])
-        decode.main()
+        generate.main()
 
     run("1")
     capsys.readouterr()

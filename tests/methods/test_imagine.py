@@ -9,6 +9,7 @@ from flax import nnx
 
 from latent_jax.data.layout import Text, with_learned_slots
 from latent_jax.data.packing import BatchShape, Packer
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.inference import decode
 from latent_jax.methods import imagine, pretrain, sft
 from latent_jax.models.heads import LatentVLM
@@ -61,10 +62,10 @@ def alone(content, answer) -> tuple[float, int]:
     first = processor.lay_out(with_learned_slots(shown))
     features = jnp.zeros((1, 64))
     if len(first.slots):
-        rows = decode.one_per_row([first], vlm.config)
+        rows = one_per_row([first], vlm.config)
         features = head.restore(head(hidden_states(vlm, rows.batch, head.slots[...], rows.image_patches)[first.slots]))
     example = processor.lay_out(shown)
-    rows = decode.one_per_row([example], vlm.config)
+    rows = one_per_row([example], vlm.config)
     hidden = hidden_states(vlm, rows.batch, features, rows.image_patches)
     spoken = example.loss_weights > 0
     logits = np.asarray(vlm.logits(hidden[: len(example.tokens)]))

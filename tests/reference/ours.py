@@ -11,7 +11,7 @@ from flax import nnx
 
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example
-from latent_jax.inference import decode
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
@@ -63,6 +63,6 @@ packed_logits = jax.jit(forward, static_argnames="image_patches", compiler_optio
 
 def logits(loaded: Loaded, conversations) -> list[np.ndarray]:
     """(t, V) of every conversation."""
-    made = decode.one_per_row(examples(loaded, conversations), loaded.config)
+    made = one_per_row(examples(loaded, conversations), loaded.config)
     found = np.asarray(packed_logits(loaded.model, on_device(made.batch), made.image_patches))[0]
     return [row[:length] for row, length in zip(found, made.lengths, strict=True)]

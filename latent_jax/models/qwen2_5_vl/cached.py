@@ -116,7 +116,7 @@ def step(
     text: TextDecoder,
     layers: list[TextBlock] | TextBlock,
     x: Float[Array, "R D"],
-    positions: Int[Array, " R"],
+    positions: Int[Array, "R 3"],
     prompts: list[Memory] | Memory,
     real: Bool[Array, "R U"],
     recent: list[Memory] | Memory,
@@ -124,10 +124,10 @@ def step(
 ) -> tuple[Float[Array, "R D"], list[Memory] | Memory]:
     """One more token a row: its final hidden state, and `recent` with its keys and values at place n of every row.
 
-    `real`: which of its prompt's tokens each row sees (`seen`).
+    `positions`: the tokens' M-RoPE positions. `real`: which of its prompt's tokens each row sees (`seen`).
     Every row writes at the same place, behind a prompt of its own length: an update in place, with no scatter.
     """
-    angles = text.angles(jnp.broadcast_to(positions[:, None, None], (len(positions), 3, 1)))
+    angles = text.angles(positions[:, :, None])
     told = (jnp.arange(jax.tree.leaves(recent)[0].shape[-2]) <= n)[None]
 
     def body(x, block, prompt, recent):

@@ -10,6 +10,7 @@ import pytest
 
 import latent_jax
 from latent_jax.data.layout import Image, Layout, Slots, Text
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.inference import decode
 from tests.reference import ours, theirs
 from tests.reference.checkpoints import edit_json, saved
@@ -78,7 +79,7 @@ def test_true_visual_tokens_as_imagined_features_equal_the_image():
     imagined = loaded.processor.lay_out(Layout(images, trunk=(before, given, after, Image(1), after)))
     np.testing.assert_array_equal(seen.positions, imagined.positions)
     np.testing.assert_array_equal(seen.tokens, imagined.tokens)
-    rows = decode.one_per_row([seen, imagined, imagined], loaded.config)
+    rows = one_per_row([seen, imagined, imagined], loaded.config)
 
     @functools.partial(jax.jit, compiler_options=ours.QUICK)
     def logits(model, batch, given):

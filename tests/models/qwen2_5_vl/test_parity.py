@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latent_jax.data.packing import BatchShape, Packer
-from latent_jax.inference import decode
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.models.qwen2_5_vl import hf_names
 from tests.reference import ours
 from tests.reference.checkpoints import SHAPES, saved
@@ -100,7 +100,7 @@ def test_gradients_of_every_parameter(name):
     weights[:, -1] = 0
 
     theirs = their_gradients(model, inputs, torch.tensor(weights))
-    rows = decode.one_per_row(ours.examples(loaded, conversations), loaded.config)
+    rows = one_per_row(ours.examples(loaded, conversations), loaded.config)
     T = rows.batch["tokens"].shape[2]
     padded = np.pad(weights, ((0, 0), (0, T - weights.shape[1]))).astype(np.float32)
     found = our_gradients(loaded, ours.on_device(rows.batch), rows.image_patches, jnp.asarray(padded))

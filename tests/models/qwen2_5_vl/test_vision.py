@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 from latent_jax.data.layout import Image, Layout, Video
-from latent_jax.inference import decode
+from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.models.qwen2_5_vl.rope import axial
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from tests.reference import ours
@@ -29,7 +29,7 @@ def encode(model, batch, image_patches):
 
 def rows(loaded, images, part=Image):
     example = loaded.processor.lay_out(Layout(tuple(images), trunk=tuple(part(i) for i in range(len(images)))))
-    return example, decode.one_per_row([example], loaded.config)
+    return example, one_per_row([example], loaded.config)
 
 
 @pytest.mark.parametrize("name", ["as_published", "none_full_tied", "wide_window"])
