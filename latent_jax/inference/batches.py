@@ -19,6 +19,7 @@ from latent_jax.errors import UserError
 from latent_jax.inference import decode, spans
 from latent_jax.inference.decode import Answer, Sampling
 from latent_jax.models.heads import LatentVLM
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
 MOST_NEW_TOKENS = 2**17  # longer than any published model's context
 
@@ -41,7 +42,9 @@ def divide(models: Sequence[LatentVLM], count: int, run: Callable[[LatentVLM, np
     return [pairs[i] for i in range(count)]
 
 
-def _shares(examples: Sequence[Example], given, config) -> Callable[[np.ndarray], np.ndarray]:
+def _shares(
+    examples: Sequence[Example], given: Float[Array | np.ndarray, "X D"], config: ModelConfig
+) -> Callable[[np.ndarray], np.ndarray]:
     """Numbers of examples -> the features given with these, of which `given` holds all, padded to a bucket."""
     outside = np.asarray(given)
     ends = np.cumsum([0, *(given_features(example, config) for example in examples)])
@@ -84,8 +87,8 @@ def answers(
         R = len(prompts.lengths)
         if temperature:
             chosen = np.pad(own[share], ((0, R - len(share)), (0, 0)))
-            nucleus = np.float32(top_p) if top_p < 1 else None
-            sampling = Sampling(keys(np.uint32(seed), chosen), np.float32(temperature), nucleus)
+            nucleus = jnp.float32(top_p) if top_p < 1 else None
+            sampling = Sampling(keys(np.uint32(seed), chosen), jnp.float32(temperature), nucleus)
         if writing:
             rows = spans.plan(writing, shared, [inside[i] for i in share], R, config.text.hidden_size)
         return decode.generate(
@@ -122,7 +125,9 @@ def _likelihoods(
     """log p(targets[t] | the tokens up to t), where the target is predicted; anything elsewhere."""
     hidden, _ = model.vlm.decode(decode.embed(model.vlm, batch, given, image_patches), batch)
 
-    def one(row):  # a row at a time: the logits of all of them would be the largest array of the program
+    def one(
+        row: tuple[Array, Array],
+    ) -> Array:  # a row at a time: the logits of all of them would be the largest array of the program
         logits = jax.nn.log_softmax(model.vlm.logits(row[0]))
         return jnp.take_along_axis(logits, row[1][:, None], axis=-1)[:, 0]
 
@@ -131,7 +136,8 @@ def _likelihoods(
 
 def marks(examples: Sequence[Example]) -> np.ndarray:
     """(R, 2) uint32 that tells a prompt's draws apart: what it says and shows, and how many equal ones stand before."""
-    said, before = [zlib.crc32(e.patches.tobytes(), zlib.crc32(e.tokens.tobytes())) for e in examples], Counter()
+    said = [zlib.crc32(e.patches.tobytes(), zlib.crc32(e.tokens.tobytes())) for e in examples]
+    before: Counter[int] = Counter()
     found = np.zeros((len(said), 2), np.uint32)
     for row, mark in zip(found, said):
         row[:] = mark, before[mark]

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 
 from latent_jax import methods
 from latent_jax.config import fields
+from latent_jax.config.training import Config
 from latent_jax.data import prompt_batch
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example, Slots
@@ -22,7 +24,7 @@ from latent_jax.data.messages import check as check_messages
 from latent_jax.data.messages import imagine_parts, without_imagined
 from latent_jax.errors import UserError
 from latent_jax.inference import batches
-from latent_jax.methods.contract import Messages, Span, Think
+from latent_jax.methods.contract import Batch, Messages, Span, Think
 from latent_jax.models.heads import LatentVLM
 
 
@@ -41,7 +43,7 @@ class Thought(NamedTuple):
 def think(
     models: Sequence[LatentVLM],
     processor: Processor,
-    settings,
+    settings: Config | None,
     conversations: Sequence[Messages],
     *,
     variant: str = "",
@@ -86,7 +88,9 @@ def think(
 
 
 @functools.partial(jax.jit, static_argnames=("way", "config"))
-def _run(model, batch, keys, temperature, *, way: Think, config):
+def _run(
+    model: LatentVLM, batch: Batch, keys: Key[Array, " X"], temperature: Float[Array, ""], *, way: Think, config: Config
+) -> tuple[Array, Array]:
     return way.run(model, batch, config, keys, temperature)
 
 
@@ -103,7 +107,7 @@ class Prompts(NamedTuple):
 
 def prompts(
     processor: Processor,
-    settings,
+    settings: Config | None,
     hidden: int,
     conversations: Sequence[Messages],
     inputs: Sequence[Sequence[np.ndarray]],
@@ -153,7 +157,7 @@ def _with_latents(
     return parts, latents
 
 
-def _fitting(array, shape: int | tuple[int, int], hidden: int, where: str) -> np.ndarray:
+def _fitting(array: object, shape: int | tuple[int, int], hidden: int, where: str) -> np.ndarray:
     """The array. Raises UserError where it is none of the inputs of a part of this shape."""
     expected, found = (Slots(shape).count, hidden), np.asarray(array)
     if found.shape != expected or not np.isfinite(found.astype(np.float32)).all():
@@ -167,7 +171,7 @@ def asked(messages: Messages) -> list[dict]:
     return imagine_parts(messages)
 
 
-def way_of(settings) -> Think:
+def way_of(settings: Config | None) -> Think:
     """How the method of these settings thinks before an answer. Raises NoThought where it does not."""
     way = settings and methods.find(settings.method).think
     if way is None:
@@ -175,7 +179,7 @@ def way_of(settings) -> Think:
     return way
 
 
-def span_of(settings) -> Span:
+def span_of(settings: Config | None) -> Span:
     """How the method of these settings writes latents inside an answer. Raises UserError where it does not."""
     span = settings and methods.find(settings.method).span
     if not span:
@@ -183,6 +187,6 @@ def span_of(settings) -> Span:
     return span
 
 
-def with_images(settings, image_patches: int):
+def with_images(settings: Config, image_patches: int) -> Config:
     """Settings that tell the most patches of an image in a batch at hand: static, as all of a compiled program's."""
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, image_patches=image_patches))

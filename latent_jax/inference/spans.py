@@ -38,10 +38,10 @@ class Rows(NamedTuple):
     further spans take the last.
     """
 
-    shape: Int[Array, "R 2"]
-    may_open: Bool[Array, " R"]
-    given: Float[Array, "R J S D"] | None
-    number: Int[Array, " R"]
+    shape: Int[Array | np.ndarray, "R 2"]
+    may_open: Bool[Array | np.ndarray, " R"]
+    given: Float[Array | np.ndarray, "R J S D"] | None
+    number: Int[Array | np.ndarray, " R"]
 
 
 class State(NamedTuple):
@@ -70,7 +70,7 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
     most = span.most(config)
     shape, may_open = np.tile(np.array([1, 0], np.int32), (rows, 1)), np.zeros(rows, bool)
     number = np.zeros(rows, np.int32)
-    arrays = np.zeros((rows, span.kept, most, width), np.float32) if any(own for own in given) else None
+    arrays = np.zeros((rows, span.kept, most, width), np.float32)
     for row, (example, own) in enumerate(zip(examples, given, strict=True)):
         wanted = span.shape(example, config)
         shape[row] = (wanted, 0) if isinstance(wanted, int) else wanted
@@ -86,7 +86,7 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
                 )
             arrays[row, j, :count] = array
             number[row] = j + 1
-    return Rows(shape, may_open, arrays, number)
+    return Rows(shape, may_open, arrays if number.any() else None, number)
 
 
 def begin(model: LatentVLM, writing: Writing, base: Int[Array, " R"], carry: Any) -> State:
@@ -128,7 +128,7 @@ def read(
     return jnp.where(inside[:, None], inputs, words), positions, state._replace(carry=carry)
 
 
-def _feed(model: LatentVLM, writing: Writing, state: State):
+def _feed(model: LatentVLM, writing: Writing, state: State) -> tuple[Array, Array, Any]:
     """(latents, inputs, carry) of the rows that are inside a span; the carry of others is left."""
     inside, words = state.place > 0, model.vlm.text.embed
     latents, inputs, carry = writing.span.feed(
@@ -189,7 +189,7 @@ def kept(state: State, rows: Rows, chosen: np.ndarray, owner: np.ndarray) -> dic
     place, opened, latents, inputs = jax.device_get((state.place, state.opened, state.latents, state.inputs))
     found: dict[int, list[tuple[np.ndarray, ...]]] = {}
     for row in chosen.tolist():
-        whole = _count(rows.shape[owner[row]])
+        whole = _count(np.asarray(rows.shape)[owner[row]])
         counts = [whole] * int(opened[row])
         if place[row]:
             counts[-1] = int(place[row]) - 1

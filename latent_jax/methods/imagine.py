@@ -20,7 +20,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.methods.contract import Batch, HostBatch, Method, Processor, Record, Statistics, Terms
 from latent_jax.models.heads import LatentHead, LatentVLM
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ from latent_jax.methods.contract import (
     Think,
 )
 from latent_jax.models.heads import LatentHead, LatentVLM
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL, encode
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from latent_jax.assets import TINY_VL
 from latent_jax.data.chat import IMAGE_PAD, Processor
-from latent_jax.data.prompt_batch import one_per_row
+from latent_jax.data.prompt_batch import PromptBatch, one_per_row
 from latent_jax.data.scenes import render, world
 from latent_jax.errors import UserError
 from latent_jax.inference import decode
@@ -239,7 +239,7 @@ def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches
     return found | {"text.blocks": layers[:, 0, 0], "text.norm": hidden[0, 0], "logits": model.logits(hidden)[0, 0]}
 
 
-def _named(config: ModelConfig, found: dict[str, jax.Array], rows: decode.PromptBatch) -> dict[str, np.ndarray]:
+def _named(config: ModelConfig, found: dict[str, jax.Array], rows: PromptBatch) -> dict[str, np.ndarray]:
     """Activations by layer name without padding. Patches stand in window order on both sides."""
     patches = int((rows.batch["patch_image"] > 0).sum())
     real = {"vision": patches, "vision.merger": patches // config.vision.merge_unit}

@@ -13,7 +13,7 @@ from latent_jax.data.images import ImageSpec
 from latent_jax.data.layout import Example, Room
 from latent_jax.methods.contract import Method
 from latent_jax.models.qwen2_5_vl import flops
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.runtime import sharding
 from latent_jax.training import resolve
 from latent_jax.training.state import Setup

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_jax.config.training import PRESETS, named_sizes
+from latent_jax.config.training import PRESETS, Config, named_sizes
 from latent_jax.data import batch_shapes
 from latent_jax.data.image_spec import ImageSpec
 from latent_jax.data.layout import Example
@@ -18,13 +18,12 @@ from latent_jax.data.packing import BatchShape, Size
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
-from latent_jax.models.qwen2_5_vl.config import VisionConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 
 
 def choose(
     sample: Sequence[Example | Size],
-    config,
+    config: Config,
     method: Method,
     vision: VisionConfig,
     shards: int,
@@ -57,7 +56,7 @@ def check_groups(batch_shape: BatchShape, shards: int) -> None:
         )
 
 
-def resolved(config, batch_shape: BatchShape, platform: str):
+def resolved(config: Config, batch_shape: BatchShape, platform: str) -> Config:
     """The config with nothing left open: the batch's sizes, and `remat` by the platform of the mesh's devices."""
     names = ("groups", "rows", "tokens", "patches", "image_patches")
     sizes = {name: getattr(batch_shape, name) for name in names}
@@ -71,7 +70,7 @@ def resolved(config, batch_shape: BatchShape, platform: str):
     )
 
 
-def shape_file(config, origin: Path) -> Path:
+def shape_file(config: Config, origin: Path) -> Path:
     """The file of the model's shape: a preset for random weights, else the checkpoint's own config.json."""
     named = config.model.init == "random" and config.model.preset
     return PRESETS / f"{config.model.preset}.json" if named else origin / "config.json"
@@ -82,7 +81,7 @@ def model_config(shape: ModelConfig, image: ImageSpec) -> ModelConfig:
     return dataclasses.replace(shape, image_mean=image.mean, image_std=image.std)
 
 
-def stored_dtypes(config, origin: Path, shape: ModelConfig) -> dict[str, np.dtype]:
+def stored_dtypes(config: Config, origin: Path, shape: ModelConfig) -> dict[str, np.dtype]:
     """Our path -> dtype in the checkpoint, from its headers; nothing for random weights."""
     if config.model.init == "random":
         return {}

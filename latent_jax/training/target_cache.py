@@ -46,7 +46,9 @@ class TargetCache:
     origin: Path
     mesh: jax.sharding.Mesh
 
-    def attach(self, data: Sequence[tuple[Sequence, float]], say: Callable[[str], None]) -> list[tuple[Cached, float]]:
+    def attach(
+        self, data: Sequence[tuple[pipeline.Source, float]], say: Callable[[str], None]
+    ) -> list[tuple[Cached, float]]:
         """[(source, weight), ...] with latents attached to every record, from caches in `config.data.latent_cache`.
 
         A source's cache is in DIR/NAME-SPLIT; missing shards are made first. Raises UserError if the method has no
