@@ -12,8 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.ExifTags
@@ -89,12 +88,12 @@ def read(file: str | os.PathLike, name: str) -> bytes:
         ) from None
 
 
-def opened(file: str | Path | BinaryIO) -> PIL.Image.Image:
+def opened(file: io.BytesIO) -> PIL.Image.Image:
     """PIL's image of an encoded file, its header read. Whatever is in none of FORMATS is unknown here."""
     return PIL.Image.open(file, formats=FORMATS)
 
 
-def _decode(file: BinaryIO) -> PIL.Image.Image:
+def _decode(file: io.BytesIO) -> PIL.Image.Image:
     with opened(file) as image:
         image.load()
         return flattened(image)

@@ -19,7 +19,7 @@ def record(key: str) -> str:
     return f"record {key!r}: " if key else ""
 
 
-def check(messages: Messages, key: str = "") -> None:
+def check(messages: Any, key: str = "") -> None:
     """Raises UserError where `messages` is no list of {"role": str, "content": str or list of parts}."""
     if not isinstance(messages, list | tuple):
         raise UserError(
@@ -43,7 +43,7 @@ def _brief(value) -> str:
 
 
 def normalised(
-    messages: Messages,
+    messages: Any,
     imagined_grid: int | tuple[int, int] | None,
     temporal_patch_size: int,
     key: str,
