@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from latent_jax.config.fields import option
-from latent_jax.data.layout import Layout, Room, Slots, Text
+from latent_jax.data.layout import Layout, Room, Slots, Text, with_learned_slots
 from latent_jax.data.messages import imagine_parts
 from latent_jax.methods import sft
 from latent_jax.methods.contract import Method, Think
-from latent_jax.methods.pretrain import with_slots
 from latent_jax.models.parameters import Declare
 
 
@@ -34,7 +33,9 @@ class Pauses(nnx.Module):
 def layout(record, index, config, processor) -> Layout:
     """Host half: the record's questions as `sft` shows them, with slots before each answer."""
     shown = sft.conversations(record, index, config, imagine=True)
-    return with_slots(processor.render_conversations(shown, imagined_grid=config.pause.count, key=record["key"]))
+    return with_learned_slots(
+        processor.render_conversations(shown, imagined_grid=config.pause.count, key=record["key"])
+    )
 
 
 def loss(model, batch, config):

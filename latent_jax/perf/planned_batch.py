@@ -9,7 +9,7 @@ import numpy as np
 from latent_jax.assets import TINY_VL
 from latent_jax.data import packing, tokenizer
 from latent_jax.data.chat import Processor
-from latent_jax.data.images import ImageSpec
+from latent_jax.data.image_spec import ImageSpec
 from latent_jax.data.layout import Example, Room
 from latent_jax.methods.contract import Method
 from latent_jax.models.qwen2_5_vl import flops
