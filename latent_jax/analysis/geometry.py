@@ -1,7 +1,7 @@
 """Geometry of predicted and target latents: have they collapsed, and do they match where it matters?
 
-Pure numpy in float64 over latents already fetched from the device: E held-out examples of S slots, (E, S, D), or a set
-of n vectors, (n, D). Directions are compared as given, so centre first: the mean that all latents of an encoder share
+Pure numpy in float64 over latents already fetched from the device: E held-out examples of S slots, (E, S, Z), or a set
+of X vectors, (X, Z). Directions are compared as given, so centre first: the mean that all latents of an encoder share
 makes any two of them look alike. A zero vector has cosine 0 with everything.
 """
 
@@ -15,10 +15,10 @@ NORM_FLOOR = 1e-3
 TIE = 1e-9
 
 
-def effective_rank(vectors: Float[np.ndarray, "n D"]) -> float:
+def effective_rank(vectors: Float[np.ndarray, "X Z"]) -> float:
     """exp(entropy of p), p_i = sigma_i / sum sigma over the singular values, not centred; 0 if all vectors are zero.
 
-    Roy and Vetterli 2007, "The effective rank". Between 1 (one direction) and min(n, D) (all equally strong).
+    Roy and Vetterli 2007, "The effective rank". Between 1 (one direction) and min(X, Z) (all equally strong).
     """
     singular = np.linalg.svd(np.asarray(vectors, np.float64), compute_uv=False)
     if not singular.sum() > 0:
@@ -28,7 +28,7 @@ def effective_rank(vectors: Float[np.ndarray, "n D"]) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def pairwise_cosine(vectors: Float[np.ndarray, "n D"]) -> float:
+def pairwise_cosine(vectors: Float[np.ndarray, "X Z"]) -> float:
     """Mean cosine over all pairs of different vectors; near 1 they have collapsed. NaN for fewer than two."""
     unit = _unit(vectors)
     pairs = len(unit) * (len(unit) - 1)
@@ -36,12 +36,12 @@ def pairwise_cosine(vectors: Float[np.ndarray, "n D"]) -> float:
     return float(total / pairs) if pairs else float("nan")
 
 
-def matched_cosine(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndarray, "E S D"]) -> float:
+def matched_cosine(predicted: Float[np.ndarray, "E S Z"], target: Float[np.ndarray, "E S Z"]) -> float:
     """Mean cosine of each predicted latent to its own target."""
     return float((_unit(predicted) * _unit(target)).sum(axis=-1).mean())
 
 
-def shuffled_cosine(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndarray, "E S D"]) -> float:
+def shuffled_cosine(predicted: Float[np.ndarray, "E S Z"], target: Float[np.ndarray, "E S Z"]) -> float:
     """Mean cosine of each predicted latent to the other examples' targets of the same slot; NaN for one example.
 
     The mean over all pairings of different examples, not over one drawn shuffle: nothing is random.
@@ -53,13 +53,13 @@ def shuffled_cosine(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndar
     return float(total / pairs) if pairs else float("nan")
 
 
-def norm_ratio(predicted: Float[np.ndarray, "... D"], target: Float[np.ndarray, "... D"]) -> float:
+def norm_ratio(predicted: Float[np.ndarray, "... Z"], target: Float[np.ndarray, "... Z"]) -> float:
     """Sum of the predicted norms over the sum of the targets'; NaN where the targets are all zero."""
     total = _norm(target).sum()
     return float(_norm(predicted).sum() / total) if total > 0 else float("nan")
 
 
-def informative(target: Float[np.ndarray, "... D"]) -> Bool[np.ndarray, "..."]:
+def informative(target: Float[np.ndarray, "... Z"]) -> Bool[np.ndarray, "..."]:
     """Which latents carry content: those above Otsu's threshold on the logarithm of the centred targets' norms.
 
     Otsu (1979) takes the split into two classes with the largest variance between them. Logarithms, because the classes
@@ -85,7 +85,7 @@ def informative(target: Float[np.ndarray, "... D"]) -> Bool[np.ndarray, "..."]:
     return logs > (ordered[split] + ordered[split + 1]) / 2
 
 
-def content_cosine(predicted: Float[np.ndarray, "... D"], target: Float[np.ndarray, "... D"]) -> dict[str, float]:
+def content_cosine(predicted: Float[np.ndarray, "... Z"], target: Float[np.ndarray, "... Z"]) -> dict[str, float]:
     """Mean cosine to the matched target on `informative` and on `empty` cells apart (NaN for none of a class), and
     `informative_share`, the part of cells in the first class (see `informative`)."""
     cosine = (_unit(predicted) * _unit(target)).sum(axis=-1)
@@ -98,16 +98,16 @@ def content_cosine(predicted: Float[np.ndarray, "... D"], target: Float[np.ndarr
 
 
 def retrieval_recall(
-    predicted: Float[np.ndarray, "n D"], target: Float[np.ndarray, "n D"], at: tuple[int, ...] = (1, 5)
+    predicted: Float[np.ndarray, "X Z"], target: Float[np.ndarray, "X Z"], at: tuple[int, ...] = (1, 5)
 ) -> dict[str, float]:
-    """Text -> image retrieval by cosine: `recall@k` and `chance@k` = min(k, n) / n for each k.
+    """Text -> image retrieval by cosine: `recall@k` and `chance@k` = min(k, X) / X for each k.
 
-    Row i of predicted (from a caption) seeks row i of target (its image) among all n. Give pooled latents, or all slots
+    Row i of predicted (from a caption) seeks row i of target (its image) among all X. Give pooled latents, or all slots
     of an example flattened into one row. Ties count as broken at random: collapsed predictions score chance.
     """
     predicted, target = _unit(predicted), _unit(target)
     hits = dict.fromkeys(at, 0.0)
-    for start in range(0, len(predicted), 1024):  # by blocks: the n x n matrix of a large set would not fit
+    for start in range(0, len(predicted), 1024):  # by blocks: the X x X matrix of a large set would not fit
         block = slice(start, start + 1024)
         cosine = predicted[block] @ target.T
         own = (predicted[block] * target[block]).sum(axis=1, keepdims=True)
@@ -121,10 +121,10 @@ def retrieval_recall(
 
 
 def nearest(
-    predicted: Float[np.ndarray, "n S D"], target: Float[np.ndarray, "E S D"], count: int
+    predicted: Float[np.ndarray, "X S Z"], target: Float[np.ndarray, "E S Z"], count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of the first n examples' predictions, the `count` targets of all E that are nearest by the cosine of all
-    slots together: (indices (n, count), their cosines (n, count), the place of its own target (n,), from 1; of equal
+    """For each of the first X examples' predictions, the `count` targets of all E that are nearest by the cosine of all
+    slots together: (indices (X, count), their cosines (X, count), the place of its own target (X,), from 1; of equal
     ones the own target comes last)."""
     flat, targets = (_unit(x.reshape(len(x), -1)) for x in (predicted, target))
     cosine = flat @ targets.T
@@ -133,7 +133,7 @@ def nearest(
     return order, np.take_along_axis(cosine, order, axis=1), places
 
 
-def latent_geometry(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndarray, "E S D"]) -> dict[str, float]:
+def latent_geometry(predicted: Float[np.ndarray, "E S Z"], target: Float[np.ndarray, "E S Z"]) -> dict[str, float]:
     """All of the above on one held-out set, flat, ready for a metrics line. Retrieval is over flattened slots."""
     content = content_cosine(predicted, target)
     flat_predicted, flat_target = (x.reshape(-1, x.shape[-1]) for x in (predicted, target))
@@ -156,10 +156,10 @@ def latent_geometry(predicted: Float[np.ndarray, "E S D"], target: Float[np.ndar
     }
 
 
-def _norm(vectors: Float[np.ndarray, "... D"]) -> Float[np.ndarray, "..."]:
+def _norm(vectors: Float[np.ndarray, "... Z"]) -> Float[np.ndarray, "..."]:
     return np.linalg.norm(np.asarray(vectors, np.float64), axis=-1)
 
 
-def _unit(vectors: Float[np.ndarray, "... D"]) -> Float[np.ndarray, "... D"]:
+def _unit(vectors: Float[np.ndarray, "... Z"]) -> Float[np.ndarray, "... Z"]:
     norms = _norm(vectors)[..., None]
     return np.asarray(vectors, np.float64) / np.where(norms > 0, norms, 1)

@@ -18,8 +18,8 @@ Result = tuple[Float[Array, ""], Float[Array, ""], dict[str, tuple[Array, Array]
 
 
 def infonce(
-    predicted: Float[Array, "E D"],
-    target: Float[Array, "E D"],
+    predicted: Float[Array, "E Z"],
+    target: Float[Array, "E Z"],
     mask: Bool[Array, " E"],
     *,
     logit_scale: Float[Array, ""],
@@ -40,8 +40,8 @@ def infonce(
 
 
 def sigmoid(
-    predicted: Float[Array, "E D"],
-    target: Float[Array, "E D"],
+    predicted: Float[Array, "E Z"],
+    target: Float[Array, "E Z"],
     mask: Bool[Array, " E"],
     *,
     logit_scale: Float[Array, ""],
@@ -60,7 +60,7 @@ def sigmoid(
     return total, weight, {"accuracy": (_nearest(cosine, mask), weight)}
 
 
-def relational(predicted: Float[Array, "E D"], target: Float[Array, "E D"], mask: Bool[Array, " E"]) -> Result:
+def relational(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask: Bool[Array, " E"]) -> Result:
     """Squared difference between the batch's cosine matrices, cos(p_i, p_j) and cos(z_i, z_j), i != j.
 
     An example's loss is the mean over its partners, so that sum / weight is the mean over valid pairs; 0 where fewer
@@ -82,15 +82,15 @@ def relational(predicted: Float[Array, "E D"], target: Float[Array, "E D"], mask
     return total, weight, metrics
 
 
-def _unit(x: Float[Array, "E D"], mask: Bool[Array, " E"]) -> Float[Array, "E D"]:
+def _unit(x: Float[Array, "E Z"], mask: Bool[Array, " E"]) -> Float[Array, "E Z"]:
     """Rows of length 1 in float32 or better; masked rows are 0."""
     x = jnp.where(mask[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
     return x / jnp.sqrt((x**2).sum(axis=-1, keepdims=True) + EPSILON**2)
 
 
-def _cosines(a: Float[Array, "E D"], b: Float[Array, "F D"]) -> Float[Array, "E F"]:
+def _cosines(a: Float[Array, "E Z"], b: Float[Array, "E Z"]) -> Float[Array, "E E"]:
     # "highest": a cosine rounded to TF32's or bfloat16's mantissa, times a scale of 100, would be off by a tenth.
-    return jnp.einsum("ed,fd->ef", a, b, precision="highest")
+    return jnp.einsum("EZ,UZ->EU", a, b, precision="highest")
 
 
 def _nearest(cosine: Float[Array, "E E"], mask: Bool[Array, " E"]) -> Float[Array, ""]:

@@ -5,14 +5,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def adaptive_pool(
-    features: Float[Array, "M D"],
+    features: Float[Array, "M Z"],
     token_image: Int[Array, " M"],
     token_row_col: Int[Array, "M 2"],
     image: Int[Array, " E"],
     grid: Int[Array, "E 2"],
     side: int,
-) -> Float[Array, "E {side}*{side} D"]:
-    """Average the tokens of each example's image into side x side bins, row-major; torch's AdaptiveAvgPool2d rule.
+) -> Float[Array, "E {side}*{side} Z"]:
+    """Average the tokens of each example's image into side x side = S bins, row-major; torch's AdaptiveAvgPool2d rule.
 
     Of n rows, bin i covers floor(i n / side) up to but not with ceil((i + 1) n / side): bins share a row where side
     does not divide n, none is left out, and with n < side rows are repeated. Columns likewise.
@@ -30,11 +30,10 @@ def adaptive_pool(
     # 0 * NaN is NaN: padding must not meet the sum. Zeros and ones are exact in bfloat16, so that only the accumulation
     # matters, and that is float32; dividing by the area comes after it.
     features = jnp.where(token_image[:, None] > 0, features, 0)
-    sums = jnp.einsum(
-        "eijm,md->eijd", member.astype(features.dtype), features, preferred_element_type=dtype, precision="highest"
-    )
+    member = member.reshape(len(image), side * side, -1).astype(features.dtype)
+    sums = jnp.einsum("ESM,MZ->ESZ", member, features, preferred_element_type=dtype, precision="highest")
     area = jnp.maximum(height[:, :, None] * width[:, None, :], 1)  # an example without an image may have a 0 x 0 grid
-    return (sums / area[..., None].astype(dtype)).reshape(len(image), side * side, -1)
+    return sums / area.reshape(len(image), side * side, 1).astype(dtype)
 
 
 def _bins(

@@ -1,10 +1,10 @@
 """Similarity of predicted to target latents, slot by slot (docs/methods.md, latent pretraining).
 
-With z standardised (centred and scaled by the dataset's statistics) the mean of |z|^2 / D over slots is 1, and
+With z standardised (centred and scaled by the dataset's statistics) the mean of |z|^2 / Z over slots is 1, and
 
-    |p - z|^2 / D = (|p| - |z|)^2 / D  +  2 (|p| |z| / D) (1 - cos(p, z)),
+    |p - z|^2 / Z = (|p| - |z|)^2 / Z  +  2 (|p| |z| / Z) (1 - cos(p, z)),
 
-so that a cosine loss weighted by |z|^2 / D with a norm term (|p| - |z|)^2 / D has the two halves of the squared error,
+so that a cosine loss weighted by |z|^2 / Z with a norm term (|p| - |z|)^2 / Z has the two halves of the squared error,
 while plain 1 - cos spends itself on the many slots of small norm and leaves the norm of p undefined.
 """
 
@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float
 Kind = Literal["cosine", "l2", "smooth_l1", "contrastive"]
 
 # |x| is sqrt(x.x + EPSILON^2) here: its gradient is 0 at x = 0, and that of a cosine is at most 1 / EPSILON there.
-# Latents have norms near sqrt(D), which this changes by less than float32 resolves.
+# Latents have norms near sqrt(Z), which this changes by less than float32 resolves.
 EPSILON = 1e-4
 
 
 def similarity(
-    predicted: Float[Array, "E S D"],
-    target: Float[Array, "E S D"],
+    predicted: Float[Array, "E S Z"],
+    target: Float[Array, "E S Z"],
     mask: Bool[Array, " E"] | Bool[Array, "E S"],
     *,
     kind: Kind,
@@ -35,12 +35,12 @@ def similarity(
     """Sum of the slots' losses over the valid slots, and the number of these. No gradient flows to the target.
 
     cosine: 1 - cos(p, z).
-    l2: |p - z|^2 / D.
-    smooth_l1: mean over D of d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = p - z.
+    l2: |p - z|^2 / Z.
+    smooth_l1: mean over Z of d^2 / (2 beta) where |d| < beta, else |d| - beta / 2, with d = p - z.
     contrastive: InfoNCE from predicted to target, -log softmax_j(cos(p_i, z_j) / temperature)[i] over all valid slots j
         of the batch, slots of the same example too. Memory E * E * S.
-    norm_weighted: times |z|^2 / D, which is 1 in the mean over standardised targets; the returned weight stays the
-        number of valid slots, known from the batch alone. norm_term: plus norm_term * (|p| - |z|)^2 / D. Both are for
+    norm_weighted: times |z|^2 / Z, which is 1 in the mean over standardised targets; the returned weight stays the
+        number of valid slots, known from the batch alone. norm_term: plus norm_term * (|p| - |z|)^2 / Z. Both are for
         the kinds that know directions only, cosine and contrastive; the other two are norm-aware and ignore them.
 
     Masked slots are neither positives nor negatives; they may hold anything, NaN too, and get a zero gradient.
@@ -54,7 +54,7 @@ def similarity(
     weight = valid.sum(dtype=dtype)
 
     predicted_norm, target_norm = _norm(predicted), _norm(target)
-    cosine = jnp.einsum("esd,esd->es", predicted, target) / (predicted_norm * target_norm)
+    cosine = jnp.einsum("ESZ,ESZ->ES", predicted, target) / (predicted_norm * target_norm)
     norms = (jnp.where(valid, x, 0).sum() for x in (predicted_norm, target_norm))
     metrics = {"cosine": (cosine.sum(), weight), "norm_ratio": tuple(norms)}
 
@@ -80,12 +80,12 @@ def similarity(
     return jnp.where(valid, loss, 0).sum(), weight, metrics
 
 
-def _norm(x: Float[Array, "E S D"]) -> Float[Array, "E S"]:
+def _norm(x: Float[Array, "E S Z"]) -> Float[Array, "E S"]:
     return jnp.sqrt((x**2).sum(axis=-1) + EPSILON**2)
 
 
 def _contrastive(
-    predicted: Float[Array, "E S D"], target: Float[Array, "E S D"], valid: Bool[Array, "E S"], temperature: float
+    predicted: Float[Array, "E S Z"], target: Float[Array, "E S Z"], valid: Bool[Array, "E S"], temperature: float
 ) -> tuple[Float[Array, "E S"], Bool[Array, "E S"]]:
     """InfoNCE of unit vectors against all valid slots, and whether the own one is the nearest.
 
@@ -97,9 +97,9 @@ def _contrastive(
     @jax.checkpoint
     def one_slot(inputs):
         queries, slot = inputs
-        logits = jnp.einsum("ed,fsd->efs", queries, target, precision="highest") / temperature
+        logits = jnp.einsum("EZ,USZ->EUS", queries, target, precision="highest") / temperature
         logits = jnp.where(valid, logits, -1e30)  # finite: a row without any valid key must not become NaN
-        own = jnp.einsum("ees->es", logits)[:, slot]
+        own = jnp.einsum("EES->ES", logits)[:, slot]
         return jax.nn.logsumexp(logits, axis=(1, 2)) - own, own >= logits.max(axis=(1, 2))
 
     loss, nearest = jax.lax.map(one_slot, (jnp.swapaxes(predicted, 0, 1), slots))

@@ -54,7 +54,7 @@ def attention(
     mask: Bool[Array, "R 1 T U"],
     implementation: str = "reference",
 ) -> Float[Array, "R T N H"]:
-    """Scaled dot-product attention with N / K query heads to a key head; softmax in fp32. U: keys.
+    """Scaled dot-product attention with N / K query heads to a key head; softmax in fp32.
 
     What a query that sees no key gets is not defined; every kernel agrees on all others.
     """
@@ -87,17 +87,18 @@ def masked_attention(
 ) -> Float[Array, "R T N H"]:
     """The reference of `attention`.
 
-    The query heads of a key head are laid side by side, so that both products are plain batched matmuls: on a CPU half
-    the time of `jax.nn.dot_product_attention` in the backward pass. A query that sees no key gets the mean of all.
+    The N / K query heads of a key head share one axis with the tokens (X = N / K * T), so that both products are plain
+    batched matmuls: on a CPU half the time of `jax.nn.dot_product_attention` in the backward pass. A query that sees no
+    key gets the mean of all.
     """
     R, T, N, H = q.shape
     U, K = k.shape[1:3]
     q = jnp.transpose(q.reshape(R, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(R, K, N // K * T, H)
     k, v = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k, v))
-    scores = jnp.einsum("RKTH,RKUH->RKTU", q * H**-0.5, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("RKXH,RKUH->RKXU", q * H**-0.5, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, :, None], scores.reshape(R, K, N // K, T, U), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(R, K, N // K * T, U)
-    out = jnp.einsum("RKTU,RKUH->RKTH", weights, v).reshape(R, K, N // K, T, H)
+    out = jnp.einsum("RKXU,RKUH->RKXH", weights, v).reshape(R, K, N // K, T, H)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(R, T, N, H)
 
 
@@ -109,6 +110,7 @@ def cached_attention(
 
     A part that only ever grows at its end stands beside one that never changes: neither is copied to join the other,
     only the scores are. Numbers as in masked_attention.
+    In the einsums X = N / K, the query heads of a key head; U differs from part to part.
     """
     R, N, H = q.shape
     K = parts[0][0].shape[1]
@@ -116,7 +118,7 @@ def cached_attention(
     scores = [
         jnp.where(
             mask[:, None, None],
-            jnp.einsum("RKGH,RKCH->RKGC", q, k, preferred_element_type=jnp.float32),
+            jnp.einsum("RKXH,RKUH->RKXU", q, k, preferred_element_type=jnp.float32),
             jnp.finfo(jnp.float32).min,
         )
         for k, _, mask in parts
@@ -124,7 +126,7 @@ def cached_attention(
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0][1].dtype)
     out, start = 0, 0
     for _, v, _ in parts:
-        out += jnp.einsum("RKGC,RKCH->RKGH", weights[..., start : start + v.shape[2]], v)
+        out += jnp.einsum("RKXU,RKUH->RKXH", weights[..., start : start + v.shape[2]], v)
         start += v.shape[2]
     return out.reshape(R, N, H)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without ever holding the (T, V) logits.
+"""Cross-entropy over a large vocabulary without ever holding the (X, V) logits.
 
 The loss is linear in its cotangent, so the forward pass of a differentiated call already forms both gradients, chunk by
 chunk, while the logits are at hand: three matmuls in all and nothing recomputed. A call that is not differentiated
@@ -25,15 +25,15 @@ LOGITS_BUDGET = 2**28
 
 
 def chunked_cross_entropy(
-    hidden: Float[Array, "T D"],
+    hidden: Float[Array, "X D"],
     weight: Float[Array, "V D"],
-    targets: Int[Array, " T"],
-    loss_weights: Float[Array, " T"],
+    targets: Int[Array, " X"],
+    loss_weights: Float[Array, " X"],
     *,
     chunk: int | None = None,
     capacity: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sum of w * CE, sum of w, and sum of w * (the target is the argmax), over T tokens, in nats.
+    """Sum of w * CE, sum of w, and sum of w * (the target is the argmax), over X tokens, in nats.
 
     hidden: any float dtype; the matmuls run in it (weight is cast to it) and accumulate in float32, or float64 if
         hidden is float64. Softmax and sums are in that accumulator's dtype, and so are the results.
@@ -42,7 +42,7 @@ def chunked_cross_entropy(
     chunk: most tokens whose logits are held at once; None takes as many as LOGITS_BUDGET allows for V. It changes
         memory and the order of summation only. On a mesh it counts each device's own tokens.
     capacity: at most this many tokens have a non-zero weight, and only these are computed. The caller guarantees it;
-        were it broken, the first sum is NaN rather than silently too small. The gather is over the T given: T must
+        were it broken, the first sum is NaN rather than silently too small. The gather is over the X given: X must
         not be sharded.
 
     Gradients are exact for hidden, weight and loss_weights; the argmax is piecewise constant.
@@ -69,14 +69,14 @@ def _chunk_count(tokens: int, chunk: int) -> int:
 
 
 def _split(tokens: Array, chunks: int) -> Array:
-    """(T, ...) to (chunks, ceil(T / chunks), ...); zeros (weight 0) fill the last chunk."""
+    """(X, ...) to (chunks, ceil(X / chunks), ...); zeros (weight 0) fill the last chunk."""
     padding = [(0, -tokens.shape[0] % chunks)] + [(0, 0)] * (tokens.ndim - 1)
     return jnp.pad(tokens, padding).reshape(chunks, -1, *tokens.shape[1:])
 
 
 def _logits(hidden: Array, weight: Array) -> Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("td,vd->tv", hidden, weight, preferred_element_type=dtype)
+    return jnp.einsum("XD,VD->XV", hidden, weight, preferred_element_type=dtype)
 
 
 def _score(logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
@@ -96,7 +96,7 @@ def _score(logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted_sums(hidden: Array, weight: Array, targets: Array, loss_weights: Array, chunk: int):
-    """(T, D), (V, D), (T,), (T,) -> the weighted sums of cross-entropy and of correctness."""
+    """(X, D), (V, D), (X,), (X,) -> the weighted sums of cross-entropy and of correctness."""
 
     def local(axes: tuple[str, ...], hidden, weight, targets, loss_weights):
         def step(_, inputs):
@@ -123,8 +123,8 @@ def _weighted_sums_forward(hidden: Array, weight: Array, targets: Array, loss_we
             loss, correct, log_normaliser, one_hot = _score(logits, targets)
             error = (jnp.exp(logits - log_normaliser[:, None]) - one_hot) * loss_weights[:, None]
             error = error.astype(hidden.dtype)
-            hidden_gradient = jnp.einsum("tv,vd->td", error, weight, preferred_element_type=dtype)
-            weight_gradient += jnp.einsum("tv,td->vd", error, hidden, preferred_element_type=dtype)
+            hidden_gradient = jnp.einsum("XV,VD->XD", error, weight, preferred_element_type=dtype)
+            weight_gradient += jnp.einsum("XV,XD->VD", error, hidden, preferred_element_type=dtype)
             return weight_gradient, (loss, correct, hidden_gradient.astype(hidden.dtype))
 
         tokens, stored = hidden.shape[0], weight.shape

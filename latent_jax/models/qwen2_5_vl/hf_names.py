@@ -67,9 +67,9 @@ _TEXT = (
     ("blocks.down", "F D", "layers.{l}.mlp.down_proj.weight", "D F"),
     ("norm", "D", "norm.weight", "D"),
 )
-# Of the merger's axes, C is the merged patches' width going in, E (= C) the width between, O the text model's.
+# Of the merger's axes, C is the width of the joined patches, X (= C) the width between, O the text model's.
 _VISION = (
-    ("patch", "t (c y x) D", "patch_embed.proj.weight", "D c t y x"),
+    ("patch", "f (c y x) D", "patch_embed.proj.weight", "D c f y x"),
     ("blocks.norm1", "D", "blocks.{l}.norm1.weight", "D"),
     ("blocks.norm2", "D", "blocks.{l}.norm2.weight", "D"),
     ("blocks.qkv", "D 3 N H", "blocks.{l}.attn.qkv.weight", "(3 N H) D"),
@@ -83,9 +83,9 @@ _VISION = (
     ("blocks.down", "F D", "blocks.{l}.mlp.down_proj.weight", "D F"),
     ("blocks.down_bias", "D", "blocks.{l}.mlp.down_proj.bias", "D"),
     ("merger.norm", "D", "merger.ln_q.weight", "D"),
-    ("merger.fc1", "C E", "merger.mlp.0.weight", "E C"),
-    ("merger.fc1_bias", "E", "merger.mlp.0.bias", "E"),
-    ("merger.fc2", "E O", "merger.mlp.2.weight", "O E"),
+    ("merger.fc1", "C X", "merger.mlp.0.weight", "X C"),
+    ("merger.fc1_bias", "X", "merger.mlp.0.bias", "X"),
+    ("merger.fc2", "X O", "merger.mlp.2.weight", "O X"),
     ("merger.fc2_bias", "O", "merger.mlp.2.bias", "O"),
 )
 TABLE = (
@@ -159,12 +159,12 @@ def _sizes(path: str, config: ModelConfig) -> dict[str, int]:
         "N": vision.num_heads,
         "H": vision.head_size,
         "3": 3,
-        "t": vision.temporal_patch_size,
+        "f": vision.temporal_patch_size,
         "c": vision.in_channels,
         "y": vision.patch_size,
         "x": vision.patch_size,
         "C": merged,
-        "E": merged,
+        "X": merged,
         "O": vision.out_hidden_size,
     }
 

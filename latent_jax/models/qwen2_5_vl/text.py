@@ -39,7 +39,7 @@ class TextBlock(nnx.Module):
         self.up = declare.normal("L D F", "D")
         self.down = declare.normal("L F D", "F", depth)
 
-    def qkv(self, x: Float[Array, "R T D"], angles: Float[Array, "R T H2"]):
+    def qkv(self, x: Float[Array, "R T D"], angles: Float[Array, "R T I"]):
         """Queries, keys (both rotated) and values of this layer's normalised input."""
         y = rms_norm(x, self.attn_norm[...], self.eps)
         q = self.multiply("RTD,DNH->RTNH", y, "q") + self.q_bias[...]
@@ -82,7 +82,7 @@ class TextDecoder(nnx.Module):
         """The output layer: the embedding table itself where the checkpoint ties them."""
         return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
-    def angles(self, positions: Int[Array, "R 3 T"]) -> Float[Array, "R T H2"]:
+    def angles(self, positions: Int[Array, "R 3 T"]) -> Float[Array, "R T I"]:
         return mrope(positions, self.config.head_size, self.config.rope_theta, self.config.mrope_section)
 
     def __call__(

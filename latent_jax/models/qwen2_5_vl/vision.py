@@ -42,13 +42,13 @@ class VisionBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "G P D"],
-        angles: Float[Array, "G P H2"],
+        angles: Float[Array, "G P I"],
         ids: Int[Array, "G P"],
         block: int,
         attention: str = "reference",
     ) -> Float[Array, "G P D"]:
         with jax.named_scope("attention"):
-            qkv = jnp.einsum("GPD,DCNH->CGPNH", rms_norm(x, self.norm1[...], EPS), self.qkv[...])
+            qkv = jnp.einsum("GPD,D...NH->...GPNH", rms_norm(x, self.norm1[...], EPS), self.qkv[...])
             q, k, v = qkv + self.qkv_bias[...][:, None, None]
             x = x + self.project(block_attention(rotate(q, angles), rotate(k, angles), v, ids, block, attention))
         with jax.named_scope("mlp"):
@@ -62,7 +62,10 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """merge^2 neighbouring patches to one token of the language model's width (HF Qwen2_5_VLPatchMerger)."""
+    """merge^2 neighbouring patches to one token of the language model's width (HF Qwen2_5_VLPatchMerger).
+
+    C = merge^2 * D: width of the joined patches. X = C: inner width. O: width of the language model.
+    """
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         sizes = dict(D=config.hidden_size, C=config.hidden_size * config.merge_unit, O=config.out_hidden_size)
@@ -76,8 +79,8 @@ class Merger(nnx.Module):
     def __call__(self, x: Float[Array, "G P D"]) -> Float[Array, "G M O"]:
         G, P, D = x.shape
         x = rms_norm(x, self.norm[...], EPS).reshape(G, P * D // self.fc1.shape[0], self.fc1.shape[0])
-        x = jax.nn.gelu(jnp.einsum("GMC,CE->GME", x, self.fc1[...]) + self.fc1_bias[...], approximate=False)
-        return jnp.einsum("GMC,CO->GMO", x, self.fc2[...]) + self.fc2_bias[...]
+        x = jax.nn.gelu(jnp.einsum("GMC,CX->GMX", x, self.fc1[...]) + self.fc1_bias[...], approximate=False)
+        return jnp.einsum("GMX,XO->GMO", x, self.fc2[...]) + self.fc2_bias[...]
 
 
 class VisionTower(nnx.Module):
@@ -88,8 +91,8 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         channels = config.in_channels * config.patch_size**2
-        sizes = dict(t=config.temporal_patch_size, c=channels, D=config.hidden_size)
-        self.patch = Declare(sizes, rngs, dtype).normal("t c D", "t c")
+        sizes = dict(f=config.temporal_patch_size, c=channels, D=config.hidden_size)
+        self.patch = Declare(sizes, rngs, dtype).normal("f c D", "f c")
         self.blocks = VisionBlock(config, rngs, dtype)
         self.merger = Merger(config, rngs, dtype)
 
@@ -159,7 +162,7 @@ class VisionTower(nnx.Module):
         """Normalises and projects. A still shows every temporal kernel the same frame: their sum is applied once."""
         G, P, c = patches.shape
         kernel = self.patch[...]
-        t, per_frame, D = kernel.shape
+        f, per_frame, D = kernel.shape
         channels = len(mean)
         frames = c // per_frame
         pixels = patches.reshape(G, P, channels, -1).astype(jnp.float32)
@@ -167,7 +170,7 @@ class VisionTower(nnx.Module):
         if frames == 1:
             kernel = kernel.astype(jnp.float32).sum(0).astype(kernel.dtype)
         else:
-            kernel = kernel.reshape(t, channels, -1, D).swapaxes(0, 1).reshape(c, D)
+            kernel = kernel.reshape(f, channels, -1, D).swapaxes(0, 1).reshape(c, D)
         return jnp.einsum("GPc,cD->GPD", pixels.reshape(G, P, c).astype(kernel.dtype), kernel)
 
 
