@@ -272,7 +272,7 @@ def report(
     examples = [processor.lay_out(layout) for layout in over_latents]
 
     def correct(z):
-        inputs = pretrain.as_inputs(model.vlm, model.head.restore(jnp.asarray(z)), config.latent)
+        inputs = pretrain.as_inputs(model.vlm, model.head.unstandardise(jnp.asarray(z)), config.latent)
         return answers(model, examples, inputs, tick)
 
     hits = {arm: correct(z) for arm, z in given.items()}

@@ -13,7 +13,7 @@ from latent_jax.data.prompt_batch import PromptBatch, bucket
 from latent_jax.inference import spans
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.qwen2_5_vl import cached
-from latent_jax.models.qwen2_5_vl.cached import Memory
+from latent_jax.models.qwen2_5_vl.cached import KVCache
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.ops.sampling import greedy, sample
 
@@ -34,7 +34,7 @@ class Context(NamedTuple):
     """What does not change while R prompts are answered: their keys and values, which of them answers see, the M-RoPE
     positions of the first new tokens, and how tokens are drawn and spans written."""
 
-    prompts: list[Memory] | Memory
+    prompts: list[KVCache] | KVCache
     seen: Bool[Array, "R U"]
     next_positions: Int[Array, " R"]
     sampling: Sampling | None
@@ -53,7 +53,7 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "R W"]
     counts: Int[Array, " R"]
     done: Bool[Array, " R"]
-    cache: list[Memory] | Memory
+    cache: list[KVCache] | KVCache
     inside: spans.State | None = None
 
 
@@ -87,7 +87,7 @@ def generate(
         model, prompts.batch, given, prompts.places, prompts.lengths,
         image_patches=prompts.image_patches, writing=writing,
     )  # fmt: skip
-    context = Context(read.memory, read.seen, prompts.next_position, sampling, rows)
+    context = Context(read.cache, read.seen, prompts.next_position, sampling, rows)
     capacity = bucket(max_new_tokens, NEW_TOKENS)
     state = begin(model, read.logits, read.carry, context, ends, capacity=capacity, writing=writing)
     answers: list[Answer] = [Answer([], [])] * count
@@ -114,7 +114,7 @@ class Read(NamedTuple):
     it answers see, and what the method keeps of it for spans."""
 
     logits: Float[Array, "R V"]
-    memory: list[Memory] | Memory
+    cache: list[KVCache] | KVCache
     seen: Bool[Array, "R U"]
     carry: object
 
@@ -136,9 +136,9 @@ def prefill(
     x = join(vlm, batch, given, merged)
     rows = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
     masks = {name: batch[name][0] for name in ("hidden", "late") if name in batch}
-    hidden, memory = cached.prefill(vlm.text, x[0], *rows, places, lengths, **masks)
+    hidden, cache = cached.prefill(vlm.text, x[0], *rows, places, lengths, **masks)
     carry = writing.span.start(model, batch, merged, writing.config) if writing else None
-    return Read(vlm.logits(hidden), memory, cached.seen(places, lengths, **masks), carry)
+    return Read(vlm.logits(hidden), cache, cached.seen(places, lengths, **masks), carry)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "writing"))

@@ -76,7 +76,7 @@ def loss(model: LatentVLM, batch: Batch, config: ImagineConfig) -> tuple[Terms, 
     features = jnp.concatenate([merged, jnp.broadcast_to(slot, (G, *slot.shape))], axis=1)
     x = model.vlm.embed(batch["tokens"], batch["feature_index"], features)
     first, _ = model.vlm.decode(x, batch, **options)
-    latents = model.head.restore(model.head(pretrain.read(first, model.head, batch, "slots")))
+    latents = model.head.unstandardise(model.head(pretrain.read(first, model.head, batch, "slots")))
     x = replace(x, latents, batch["slot_index"], batch["slot_mask"])
     return sft.scored(model, x, batch, options)
 

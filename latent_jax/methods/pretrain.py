@@ -315,7 +315,7 @@ def think(
     if config.latent.readout != "slots" and "slot_index" in batch:  # latents of a context are always read at slots
         at_slots = read(hidden, model.head, batch, "slots")
         found = jnp.where(batch["slot_mask"][..., None], at_slots, found)
-    latents = model.head.restore(model.head(found))[0]
+    latents = model.head.unstandardise(model.head(found))[0]
     return latents, as_inputs(model.vlm, latents, config.latent)
 
 

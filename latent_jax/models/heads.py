@@ -17,8 +17,8 @@ EPS = 1e-6
 class LatentHead(nnx.Module):
     """Slots, the light MLP M_phi, and the statistics of its targets (latent pretraining, docs/methods.md).
 
-    M_phi is RMSNorm, Linear D to F, GELU, Linear F to Z. It predicts *standardised* latents; `restore` maps them back
-    to the encoder's own space before they are used as inputs. `slots` are the embeddings that stand at the slot
+    M_phi is RMSNorm, Linear D to F, GELU, Linear F to Z. It predicts *standardised* latents; `unstandardise` maps
+    them back to the encoder's space before they are used as inputs. `slots` are the embeddings that stand at the slot
     positions of the input sequence, one for each cell of the pooled grid.
 
     Args:
@@ -61,11 +61,11 @@ class LatentHead(nnx.Module):
             return (jnp.einsum("...F,FZ->...Z", x, self.fc2[...]) + self.fc2_bias[...]).astype(jnp.float32)
 
     def standardise(self, latents: Float[Array, "*batch Z"]) -> Float[Array, "*batch Z"]:
-        """Encoder space to the space that is predicted: centred and scaled by the dataset's statistics."""
+        """Latents of the encoder's space, centred and scaled by the dataset's statistics."""
         return (latents.astype(jnp.float32) - self.mean[...]) / self.scale[...]
 
-    def restore(self, latents: Float[Array, "*batch Z"]) -> Float[Array, "*batch Z"]:
-        """The way back, before predicted latents stand where visual tokens would."""
+    def unstandardise(self, latents: Float[Array, "*batch Z"]) -> Float[Array, "*batch Z"]:
+        """The inverse of `standardise`: predicted latents as the encoder would give them, to be used as inputs."""
         return latents * self.scale[...] + self.mean[...]
 
 

@@ -35,7 +35,7 @@ CARD_MARK = "<!-- written by latent_jax; a rerun replaces this file. Remove this
 
 
 @runtime_checkable
-class Rows(Protocol):
+class RowReader(Protocol):
     """A weight that is read a few rows of its leading axis at a time: in a file, or made as it is asked for."""
 
     @property
@@ -49,7 +49,7 @@ class Rows(Protocol):
 
 def save(
     directory: str | Path,
-    params: Mapping[str, jax.Array | np.ndarray | Rows],
+    params: Mapping[str, jax.Array | np.ndarray | RowReader],
     config: ModelConfig,
     *,
     source: str | Path | None = None,

@@ -1,8 +1,8 @@
 """The safetensors file format, read through a memory map and written as a stream.
 
 Reading copies nothing: every tensor is a view of file-backed pages. Writing puts the header first and then takes each
-tensor piece by piece, so that a file of any size needs the memory of one piece. (The safetensors package does neither
-for bfloat16 in NumPy.) Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors.
+tensor piece by piece, so that a file of any size needs the memory of one piece; the safetensors package writes from
+arrays held in memory. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors.
 """
 
 import dataclasses

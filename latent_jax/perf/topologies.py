@@ -1,7 +1,7 @@
 """Machines that are not there: compile-only devices of TPU slices and GPU nodes, and what is known of them.
 
-    target = topologies.open_target("a100-80gb:4x8")     # 4 hosts of 8 GPUs
-    target = topologies.open_target("v5p:2x2x2")         # a slice of 8 chips
+    devices = topologies.open_devices(topologies.parse("a100-80gb:4x8"))  # 4 hosts of 8 GPUs
+    devices = topologies.open_devices(topologies.parse("v5p:2x2x2"))  # a slice of 8 chips
 
 The compilers come from the package index (extras `tpu`, `cuda12`, `cuda13`) and need no device.
 """

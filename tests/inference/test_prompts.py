@@ -64,7 +64,7 @@ def in_context(messages) -> np.ndarray:
     example = vlm.processor.lay_out(Layout(shown.images, (*shown.trunk[:end], Slots((GRID, GRID)))))
     laid = prompt_batch.one_per_row([example], vlm.config)
     hidden = hidden_states(vlm.model, laid.batch, vlm.model.head.slots[...])
-    return np.asarray(vlm.model.head.restore(vlm.model.head(hidden[example.slots])))
+    return np.asarray(vlm.model.head.unstandardise(vlm.model.head(hidden[example.slots])))
 
 
 def thoughts(conversations) -> list:

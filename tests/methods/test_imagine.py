@@ -63,7 +63,9 @@ def alone(content, answer) -> tuple[float, int]:
     features = jnp.zeros((1, 64))
     if len(first.slots):
         rows = one_per_row([first], vlm.config)
-        features = head.restore(head(hidden_states(vlm, rows.batch, head.slots[...], rows.image_patches)[first.slots]))
+        features = head.unstandardise(
+            head(hidden_states(vlm, rows.batch, head.slots[...], rows.image_patches)[first.slots])
+        )
     example = processor.lay_out(shown)
     rows = one_per_row([example], vlm.config)
     hidden = hidden_states(vlm, rows.batch, features, rows.image_patches)

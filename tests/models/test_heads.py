@@ -37,7 +37,7 @@ def test_standardise_centres_and_scales_and_restore_undoes_it():
     made, z = head(), np.random.default_rng(2).normal(3, 2, (5, S, Z)).astype(np.float32)
     standard = made.standardise(jnp.asarray(z))
     np.testing.assert_allclose(standard, (z - np.asarray(made.mean[...])) / np.asarray(made.scale[...]), rtol=1e-5)
-    np.testing.assert_allclose(made.restore(standard), z, rtol=1e-5)
+    np.testing.assert_allclose(made.unstandardise(standard), z, rtol=1e-5)
 
 
 def test_statistics_travel_with_the_head_and_are_not_trained():

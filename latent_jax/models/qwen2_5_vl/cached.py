@@ -1,4 +1,4 @@
-"""The language model token by token: prompts once, then one token a row against the keys and values kept of both.
+"""Cached decoding: prompts are read once, then one token per row with the cached keys and values of both.
 
 The layers are either a list (shallow models: the compiler sees each, nothing is sliced inside the decoding loop) or
 stacked along L for a loop over them (deep ones, whose compile time must not grow with depth). Keys and values follow.
@@ -18,11 +18,11 @@ from latent_jax.ops.norm import rms_norm
 UNROLLED_LAYERS = 8
 
 
-class Memory(NamedTuple):
-    """Rotated keys and values of one layer for C places of every row; with a leading L where layers are stacked."""
+class KVCache(NamedTuple):
+    """Rotated keys and values of one layer for U positions of every row; a leading L where layers are stacked."""
 
-    k: Float[Array, "*L R K C H"]
-    v: Float[Array, "*L R K C H"]
+    k: Float[Array, "*L R K U H"]
+    v: Float[Array, "*L R K U H"]
 
 
 def layers_of(text: TextDecoder) -> list[TextBlock] | TextBlock:
@@ -33,15 +33,15 @@ def layers_of(text: TextDecoder) -> list[TextBlock] | TextBlock:
     return [jax.tree.map(lambda stacked, i=i: stacked[i], text.blocks) for i in range(depth)]
 
 
-def empty(text: TextDecoder, rows: int, places: int) -> list[Memory] | Memory:
-    """Memory of tokens to come."""
+def empty(text: TextDecoder, rows: int, places: int) -> list[KVCache] | KVCache:
+    """A cache of zeros for `places` tokens of every row."""
     config = text.config
     shape = (rows, config.num_key_value_heads, places, config.head_size)
     if config.num_hidden_layers > UNROLLED_LAYERS:
         shape = (config.num_hidden_layers, *shape)
-        return Memory(jnp.zeros(shape, text.embed.dtype), jnp.zeros(shape, text.embed.dtype))
+        return KVCache(jnp.zeros(shape, text.embed.dtype), jnp.zeros(shape, text.embed.dtype))
     zeros = jnp.zeros(shape, text.embed.dtype)
-    return [Memory(zeros, zeros)] * config.num_hidden_layers
+    return [KVCache(zeros, zeros)] * config.num_hidden_layers
 
 
 def seen(
@@ -50,7 +50,10 @@ def seen(
     hidden: Bool[Array, "B T"] | None = None,
     late: Bool[Array, "B T"] | None = None,
 ) -> Bool[Array, "R U"]:
-    """Which tokens of a prompt its last one sees, and all that are written behind it: late ones, where it is late."""
+    """Which tokens of a prompt are visible to its last token and to all tokens generated after it.
+
+    Where the last token is late, so are the generated ones: they see no hidden token.
+    """
     real = jnp.arange(places.shape[1]) < lengths[:, None]
     if hidden is None:
         return real
@@ -71,12 +74,12 @@ def prefill(
     lengths: Int[Array, " R"],
     hidden: Bool[Array, "B T"] | None = None,
     late: Bool[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "R D"], list[Memory] | Memory]:
-    """R prompts, packed into B rows: the final hidden state of each one's last token, and the memory of all of it.
+) -> tuple[Float[Array, "R D"], list[KVCache] | KVCache]:
+    """R prompts, packed into B rows: the final hidden state of each one's last token, and the cache of all its tokens.
 
     Args:
       places: flat index row * T + t of each prompt's tokens in order; anything behind its length.
-      lengths: of the prompts; one of no tokens gets a hidden state that means nothing.
+      lengths: of the prompts. The hidden state of an empty prompt is undefined.
     """
     B, T, D = x.shape
     angles, mask = text.angles(positions), packed_mask(segment_ids, view_ids, hidden, late)
@@ -87,29 +90,29 @@ def prefill(
 
     def body(x, block):
         q, k, v = block.qkv(x, angles)
-        return block.finish(x, masked_attention(q, k, v, mask)), Memory(by_prompt(k), by_prompt(v))
+        return block.finish(x, masked_attention(q, k, v, mask)), KVCache(by_prompt(k), by_prompt(v))
 
     def final(x, block):
-        # Only the last tokens go on from here: no other needs its query, its mixing or its feed-forward.
+        # Only the last token of a prompt needs the rest of the last layer: query, attention and feed-forward.
         _, k, v = block.qkv(x, angles)
-        memory = Memory(by_prompt(k), by_prompt(v))
+        cache = KVCache(by_prompt(k), by_prompt(v))
         x = x.reshape(B * T, D)[last][:, None]
         q, _, _ = block.qkv(x, angles.reshape(B * T, -1)[last][:, None])
-        return block.finish(x, cached_attention(q[:, 0], (*memory, real))[:, None]), memory
+        return block.finish(x, cached_attention(q[:, 0], (*cache, real))[:, None]), cache
 
     layers, depth = layers_of(text), text.config.num_hidden_layers
     if isinstance(layers, list):
-        memory = []
+        cache = []
         for block in layers:
-            x, each = (final if len(memory) + 1 == depth else body)(x, block)
-            memory.append(each)
+            x, each = (final if len(cache) + 1 == depth else body)(x, block)
+            cache.append(each)
     else:
         # By index: a stack without its last layer would be a copy of the model.
         block = lambda i: jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False), layers)
-        x, memory = jax.lax.scan(lambda x, i: body(x, block(i)), x, jnp.arange(depth - 1))
+        x, cache = jax.lax.scan(lambda x, i: body(x, block(i)), x, jnp.arange(depth - 1))
         x, each = final(x, block(depth - 1))
-        memory = jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), memory, each)
-    return rms_norm(x[:, 0], text.norm[...], text.config.rms_norm_eps), memory
+        cache = jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), cache, each)
+    return rms_norm(x[:, 0], text.norm[...], text.config.rms_norm_eps), cache
 
 
 def step(
@@ -117,24 +120,24 @@ def step(
     layers: list[TextBlock] | TextBlock,
     x: Float[Array, "R D"],
     positions: Int[Array, "R 3"],
-    prompts: list[Memory] | Memory,
+    prompts: list[KVCache] | KVCache,
     real: Bool[Array, "R U"],
-    recent: list[Memory] | Memory,
+    recent: list[KVCache] | KVCache,
     n: Int[Array, ""],
-) -> tuple[Float[Array, "R D"], list[Memory] | Memory]:
-    """One more token a row: its final hidden state, and `recent` with its keys and values at place n of every row.
+) -> tuple[Float[Array, "R D"], list[KVCache] | KVCache]:
+    """Reads one token per row: its final hidden state, and `recent` with its keys and values at index n.
 
-    `positions`: the tokens' M-RoPE positions. `real`: which of its prompt's tokens each row sees (`seen`).
-    Every row writes at the same place, behind a prompt of its own length: an update in place, with no scatter.
+    positions: the tokens' M-RoPE positions. real: the prompt tokens that each row sees (`seen`).
+    All rows write at the same index n: prompts of different lengths have a cache of their own, so no scatter is needed.
     """
     angles = text.angles(positions[:, :, None])
-    told = (jnp.arange(jax.tree.leaves(recent)[0].shape[-2]) <= n)[None]
+    written = (jnp.arange(jax.tree.leaves(recent)[0].shape[-2]) <= n)[None]
 
     def body(x, block, prompt, recent):
         q, k, v = block.qkv(x[:, None], angles)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), n, axis=2)
-        recent = Memory(write(recent.k, k), write(recent.v, v))
-        heads = cached_attention(q[:, 0], (*prompt, real), (*recent, told))
+        recent = KVCache(write(recent.k, k), write(recent.v, v))
+        heads = cached_attention(q[:, 0], (*prompt, real), (*recent, written))
         return block.finish(x[:, None], heads[:, None])[:, 0], recent
 
     if isinstance(layers, list):
