@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import types
-import zlib
 
 import numpy as np
 import pytest
@@ -14,41 +12,9 @@ from latent_jax.config import schema
 from latent_jax.config.evaluation import LATENTS
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend
-from latent_jax.inference.prompts import Thought
-from tests.inference import test_prompts as imagined
 from tests.reference import benchmark_records as records
-
-SLOTS, WIDTH = 3, 4
-
-
-class Facade:
-    """Thinks three vectors that are the question's alone, and is right where `right` says so of what stands there."""
-
-    model = types.SimpleNamespace(head=None)
-
-    def __init__(self, answers: dict[str, str], right):
-        self.answers, self.right, self.asked = answers, right, []
-
-    def think(self, conversations):
-        return [[Thought(thought(question(turns)), thought(question(turns)))] for turns in conversations]
-
-    def generate(self, conversations, tokens, thoughts=None, seed=0):
-        thoughts = (
-            [[own.inputs for own in each] for each in self.think(conversations)] if thoughts is None else thoughts
-        )
-        self.asked += [(question(turns), given) for turns, given in zip(conversations, thoughts, strict=True)]
-        pairs = zip(conversations, thoughts, strict=True)
-        return [self.answers[question(t)] if self.right(question(t), given) else "nothing" for t, given in pairs]
-
-
-def question(turns) -> str:
-    parts = turns[0]["content"]
-    assert parts[-1] == {"type": "imagine"}
-    return parts[-2]["text"].partition("\n")[0]
-
-
-def thought(text: str) -> np.ndarray:
-    return np.random.default_rng(zlib.crc32(text.encode())).normal(size=(SLOTS, WIDTH)).astype(np.float32)
+from tests.reference import imagining
+from tests.reference.stub_facade import Facade, question, thought
 
 
 def backend(vlm):
@@ -156,7 +122,7 @@ def test_a_donor_that_is_no_question_is_named(data, tmp_path, content):
 
 
 def test_geometry_is_that_of_the_predicted_latents():
-    vlm, conversations = imagined.facade(), [imagined.user(f"thing {i}", imagined.SILENT) for i in range(5)]
+    vlm, conversations = imagining.facade(), [imagining.user(f"thing {i}", imagining.SILENT) for i in range(5)]
     found = interventions.geometry(vlm, conversations)
     latents = np.stack([vlm.think([each])[0][0].latents for each in conversations]).astype(np.float64)
     for name, flat in (("", latents.reshape(5, -1)), ("_centred", (latents - latents.mean(0)).reshape(5, -1))):

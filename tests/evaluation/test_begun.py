@@ -20,9 +20,9 @@ from latent_jax.evaluate import Backend
 from latent_jax.evaluation import answering
 from latent_jax.evaluation.paired import compare
 from latent_jax.models import hf_io
-from tests.analysis.test_interventions import Facade
 from tests.faults.inject import injure
 from tests.reference import benchmark_records as records
+from tests.reference.stub_facade import Facade
 from tests.test_evaluate import PIXELS, REPLIES, STAND_IN, Fake, by_colour, config, error, finished, lines
 
 

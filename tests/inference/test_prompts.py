@@ -1,48 +1,18 @@
 """What imagine parts stand for: the same for a conversation alone and in a batch, and what interventions put there."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from latent_jax.data import prompt_batch
 from latent_jax.data.layout import Layout, Slots
 from latent_jax.errors import UserError
 from latent_jax.inference import decode
 from latent_jax.inference.vlm import VLM
-from latent_jax.methods import imagine
-from latent_jax.models.parameters import Structure
-from latent_jax.training.state import new_model
-from tests.reference import small
+from tests.reference.imagining import GRID, SILENT, facade, picture, user
 
-GRID = 2
-
-
-@functools.cache
-def facade() -> VLM:
-    config = small.config("imagine", latent=dict(grid=GRID))
-    make = lambda: new_model(config, imagine.METHOD, small.model_config())  # noqa: E731
-    structure = Structure.of(nnx.eval_shape(make))
-    arrays = jax.jit(lambda: structure.arrays(make()))()
-    rng = np.random.default_rng(0)
-    arrays["head.mean"] = jnp.asarray(rng.normal(size=64), jnp.float32)
-    arrays["head.scale"] = jnp.full(64, 0.5, jnp.float32)
-    return VLM(structure.build(arrays), small.processor(), config, (574,), "small")
-
-
-def picture(index: int) -> dict:
-    return {"type": "image", "image": small.record(index)["images"][0]}
-
-
-def user(*content) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]}]
-
-
-SILENT = {"type": "imagine"}
 CONVERSATIONS = [
     user(picture(0), "What color is it?", SILENT),
     user("Is there a ball?"),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from latent_jax.models.heads import LatentHead, LatentVLM
@@ -40,22 +41,28 @@ def test_standardise_centres_and_scales_and_restore_undoes_it():
     np.testing.assert_allclose(made.unstandardise(standard), z, rtol=1e-5)
 
 
-def test_statistics_travel_with_the_head_and_are_not_trained():
-    vlm = nnx.eval_shape(lambda: Qwen2_5_VL(small.model_config(), rngs=nnx.Rngs(0)))
-    structure = Structure.of(LatentVLM(vlm, head()))
+def test_statistics_are_restored_with_the_head_and_are_not_trained():
+    made = head()
+    structure = Structure.of(LatentVLM(nnx.Module(), made))
     untrained = {path for path in structure.variables if not structure.trained(path)}
     assert untrained == {"head.mean", "head.scale"}
+    arrays = {path: array + 1 for path, array in structure.arrays(LatentVLM(nnx.Module(), made)).items()}
+    z = np.random.default_rng(4).normal(size=(3, Z)).astype(np.float32)
+    expected = (z - np.asarray(made.mean[...]) - 1) / (np.asarray(made.scale[...]) + 1)
+    np.testing.assert_allclose(structure.build(arrays).head.standardise(jnp.asarray(z)), expected, rtol=1e-5)
 
 
-def test_scale_and_bias_of_the_alignment_start_where_they_are_told():
-    made = LatentHead(S, D, Z, F, logit_scale=2.5, logit_bias=-10.0, rngs=nnx.Rngs(0))
-    assert float(made.logit_scale[...]) == 2.5
-    assert float(made.logit_bias[...]) == -10.0
+def test_weight_decay_is_for_the_matrices_alone():
+    structure = Structure.of(LatentHead(S, D, Z, F, logit_scale=2.5, logit_bias=-10.0, rngs=nnx.Rngs(0)))
+    trained = {path for path in structure.variables if structure.trained(path)}
+    assert {path for path in trained if structure.decayed(path)} == {"fc1", "fc2"}
+    assert {"slots", "norm", "logit_scale", "logit_bias"} < trained
 
 
-def test_initial_predictions_are_small_and_differ_by_slot():
-    made = LatentHead(S, D, 64, F, rngs=nnx.Rngs(3))
-    out = np.asarray(made(jax.random.normal(jax.random.key(0), (200, D))))
-    assert 0.1 < out.std() < 2
-    slots = np.asarray(made.slots[...])
-    assert np.abs(slots[0] - slots[1]).max() > 0.01
+def test_initial_weights_have_the_standard_deviation_of_their_fan_in():
+    wide = LatentHead(64, 256, 128, 512, rngs=nnx.Rngs(3))
+    for name, fan_in in (("slots", 256), ("fc1", 256), ("fc2", 512)):
+        assert np.asarray(getattr(wide, name)[...]).std() * fan_in**0.5 == pytest.approx(1, rel=0.03), name
+    # Unit-variance inputs, GELU halves the power (E[gelu(x)^2] = 0.4252 for a standard normal x).
+    out = np.asarray(wide(jax.random.normal(jax.random.key(0), (200, 256))))
+    assert out.std() == pytest.approx(0.4252**0.5, rel=0.1)

@@ -109,7 +109,9 @@ def test_generate_gives_the_same_tokens(timed):
     numbers, printed = timed("generate", "--max_new_tokens=24")
     assert numbers["rows_equal"] == numbers["rows"] == 16
     assert 16 < numbers["new_tokens"] < 16 * 24 and len(set(numbers["prompt_tokens"])) > 3
-    assert "ratio" in printed and numbers["ratio"] > 0
+    sides = [side["median_seconds"] for name, side in numbers.items() if name.startswith("torch")]
+    assert numbers["ratio"] == pytest.approx(min(sides) / numbers["ours"]["median_seconds"])
+    assert f"ratio {numbers['ratio']:.2f} " in printed
     assert {"ours", "torch, 1 thread", "ours, text to text"} <= numbers.keys()
 
 
@@ -124,7 +126,9 @@ def test_step_takes_the_same_steps(timed):
 
 def test_load_and_data(timed):
     numbers, printed = timed("load", "--width=256", "--layers=1")
-    assert numbers["load"]["ratio"] > 0 and numbers["export"]["ratio"] > 0
+    for side in (numbers["load"], numbers["export"]):
+        ours, theirs = (side[name]["median_seconds"] for name in ("ours", "transformers"))
+        assert side["ratio"] == pytest.approx(theirs / ours)
     assert numbers["bytes"] > 4 * 3 * 256 * 1376 and set(numbers["overhead_bytes"]) == {"load", "export"}
     assert printed.startswith("load: 0.0")
     numbers, _ = timed("data", "--against=none")
