@@ -1,4 +1,4 @@
-"""An evaluation, one story: which questions, asked of what, what it replied, how that scores."""
+"""An evaluation, one story: the questions, the model, its replies, and their scores."""
 
 import dataclasses
 import functools
@@ -228,7 +228,7 @@ def read_choices(config: Evaluation, benchmark: ModuleType, items: Sequence[Item
 def notes(
     config: Evaluation, benchmark: ModuleType, data: Asked, items: Sequence[Item], skipped: Sequence[str], done: int
 ) -> Iterator[str]:
-    """What is worth saying before the first question."""
+    """Lines to print before the first question."""
     yield f"{config.benchmark}: {len(items):,} questions of {data.name} {data.split}, scorer {config.evaluate.scorer}"
     for line in skipped[:_TOLD]:
         yield f"skipped: {line}"
@@ -295,7 +295,7 @@ def ask(items: Sequence[Item], send: answering.Send, scoring: Scoring, batch_siz
 
 
 def conversations(items: Sequence[Item], source: Sequence[dict], scoring: Scoring, imagine: bool) -> list[list[dict]]:
-    """What is sent for every item."""
+    """The conversation to send for every item."""
     found, record = [], -1
     images: list[bytes] = []
     for item in items:
@@ -375,7 +375,7 @@ def _throughput(directory: Path, count: int, seconds: float) -> dict | None:
 
 
 def table(found: dict, directory: Path) -> list[str]:
-    """The metrics for people."""
+    """The metrics as lines of text."""
     title = f"{found['benchmark']} {found['split']}, {found['scorer']} scorer: {found['n']:,} questions"
     if not found["metrics"]:
         return [f"{title} could be scored, the answers are hidden; the replies are in {directory / PREDICTIONS}"]

@@ -1,4 +1,4 @@
-"""Training, one story: what is trained, on what data, from which state, by which step, for how long."""
+"""Training, one story: the model, the data, the state to start from, the step, and the loop."""
 
 import contextlib
 import dataclasses
@@ -75,7 +75,7 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
     model_config = resolve.model_config(shape, processor.image)
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
     processor.check_rows(model_config.text.vocab_size, str(config.model.preset or origin))
-    # Opens every shard: a broken checkpoint must be told before a workdir is begun with it.
+    # Opens every shard: a broken checkpoint must be an error before a workdir is made for it.
     dtypes = resolve.stored_dtypes(config, origin, model_config)
     if not (directory / workdir.CONFIG).exists():
         check_frozen(config, method, model_config)
@@ -122,7 +122,8 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
         check_start(state, config, origin)
         notes += [describe(setup, state)]
     else:
-        # What broken images cost is counted where they are decoded; of the sum, the first host takes the past.
+        # Each host counts the broken images that it decodes. After a restore only host 0 keeps the past count, so that
+        # the sum over hosts is right.
         batches.set_state(batches_state if hosts.primary() else {**batches_state, "blank": 0})
         notes += [f"resuming after step {int(state.step)}; attention {setup.attention}"]
     primary = hosts.primary()

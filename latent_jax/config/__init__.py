@@ -1,1 +1,1 @@
-"""What a run can be told: typed settings, the schema, and the sections of a training run and of an evaluation."""
+"""The config of a run: typed options, the schema, and the sections of a training run and of an evaluation."""

@@ -1,4 +1,4 @@
-"""What the job `evaluate` can be told: its config, in the place of a training run's."""
+"""The config of the job `evaluate`, and the checks that involve several of its options."""
 
 import dataclasses
 import importlib
@@ -82,7 +82,7 @@ def benchmarks() -> list[str]:
 
 
 def check(config: Evaluation) -> None:
-    """What no single field can know."""
+    """The checks that involve more than one option. Raises UserError."""
     if config.benchmark not in benchmarks():
         raise UserError(f"config.benchmark: got {config.benchmark!r}, expected one of {', '.join(benchmarks())}")
     module = importlib.import_module(f"latent_jax.benchmarks.{config.benchmark}")

@@ -1,4 +1,4 @@
-"""What a training run can be told: the sections that every method's config has, and what no single field can know."""
+"""The config of a training run: the sections that all methods share, and the checks that involve several options."""
 
 import dataclasses
 import re
@@ -110,7 +110,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Resumable: another mesh sees the same data in the same order, and adds the same numbers in another order."""
+    """May change on resume: the data order stays, only the order of summation differs."""
 
     replica: int = option(1, "devices that hold copies of the shards; -1 = all that is left", low=-1, resumable=True)
     fsdp: int = option(
@@ -229,7 +229,7 @@ def profiled(text: str) -> range:
 
 
 def check(config: Config) -> None:
-    """What no single field can know."""
+    """The checks that involve more than one option. Raises UserError."""
     train, data, mesh, model = config.train, config.data, config.mesh, config.model
     if train.batch_size % train.accumulate:
         raise UserError(

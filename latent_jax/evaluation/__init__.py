@@ -1,1 +1,1 @@
-"""What an evaluation asks, keeps and compares."""
+"""The parts of an evaluation: who answers, the predictions that are kept, and paired comparisons."""

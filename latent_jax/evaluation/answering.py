@@ -1,4 +1,4 @@
-"""Who answers an evaluation, which of its questions cannot be answered, and what ends it early."""
+"""The model of an evaluation and its checksum, batches of questions and their replies, and the limit of bad ones."""
 
 import concurrent.futures
 import dataclasses

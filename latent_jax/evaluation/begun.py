@@ -1,4 +1,4 @@
-"""What an evaluation keeps in config.json when it begins, and what must still be so when it goes on.
+"""The config.json of an evaluation: written when it begins, compared when it resumes.
 
 Its config and, as `measured`, the backend's settings, a checksum of the model (`weights`), the longest reply
 (`max_new_tokens`) and a fingerprint of the prepared records (`data`). Prompts, answers and verdicts are compared
@@ -44,7 +44,7 @@ def read(config: Evaluation, directory: Path) -> tuple[dict | None, list[str]]:
 
 
 def check(config: Evaluation, directory: Path, kept: Mapping | None, now: Mapping, done: int, asks: bool) -> None:
-    """Raises UserError where the replies that are there were given otherwise than those to come would be.
+    """Raises UserError where the replies in the workdir were made with other settings than the next ones would be.
 
     kept: what `read` found. now: today's `max_new_tokens` and `data`. done: how many replies are there. asks: more will
     be asked.

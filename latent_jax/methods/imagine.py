@@ -19,6 +19,7 @@ from latent_jax.data.layout import Layout, Room, with_learned_slots
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
 from latent_jax.methods.contract import Batch, HostBatch, Method, Processor, Record, Statistics, Terms
+from latent_jax.methods.latents import Latent, imagined_grid, measure, target_size
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
@@ -27,13 +28,13 @@ from latent_jax.models.qwen2_5_vl.config import ModelConfig
 class ImagineConfig(sft.SftConfig):
     """The config of a run."""
 
-    latent: pretrain.Latent = pretrain.Latent()
+    latent: Latent = Latent()
 
 
 def layout(record: Record, index: int, config: ImagineConfig, processor: Processor) -> Layout:
     """Questions about the image as views of it, slots after each question; image -> caption as it is in `sft`."""
     shown = sft.conversations(record, index, config, imagine=True)
-    grid = pretrain.imagined_grid(config.latent)
+    grid = imagined_grid(config.latent)
     return with_learned_slots(processor.render_conversations(shown, imagined_grid=grid, key=record["key"]))
 
 
@@ -49,7 +50,7 @@ def build_head(model_config: ModelConfig, config: ImagineConfig, rngs: nnx.Rngs)
             f"config.latent: space {config.latent.space!r} with readout {config.latent.readout!r}; imagining after a "
             "question takes space 'merged' (the model's own input space) and readout 'slots'"
         )
-    target = pretrain.target_size(model_config, config.latent.space)
+    target = target_size(model_config, config.latent.space)
     width = config.latent.width or 2 * target
     return LatentHead(config.latent.grid**2, model_config.text.hidden_size, target, width, rngs=rngs)
 
@@ -63,7 +64,7 @@ def fit(model: LatentVLM, batches: Iterable[HostBatch], config: ImagineConfig) -
     """The statistics of a new head; one that was trained keeps those that it was trained with."""
     if np.any(model.head.mean[...]) or np.any(model.head.scale[...] != 1):
         return {}
-    return pretrain.measure(model, batches, config.latent, config.data.image_patches)
+    return measure(model, batches, config.latent, config.data.image_patches)
 
 
 def loss(model: LatentVLM, batch: Batch, config: ImagineConfig) -> tuple[Terms, Terms]:

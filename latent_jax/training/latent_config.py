@@ -1,4 +1,4 @@
-"""What a method leaves beside a Hugging Face checkpoint: its head's tensors, its name and its settings.
+"""The files of a method beside a Hugging Face checkpoint: the tensors of its head, its name and its settings.
 
 `latent_config.json` is {"method": NAME, SECTION: {...}, ...} with every section that the method declares, so that the
 method itself rebuilds what it made. Earlier versions wrote the section `latent` of pretraining alone, without a name.
@@ -30,8 +30,8 @@ T = typing.TypeVar("T")  # an array, wherever it is
 
 
 def beside(config: Config, head: Mapping[str, T]) -> tuple[Mapping[str, T], dict] | None:
-    """What stands beside an export's weights: the head's tensors, which may be none, and the document; None for a
-    method that leaves nothing at inference."""
+    """The tensors of the head (which may be none) and the document, both saved beside the weights of an export; None
+    for a method that leaves nothing for inference."""
     return (head, document(config)) if head or methods.find(config.method).think else None
 
 

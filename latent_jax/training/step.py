@@ -33,8 +33,8 @@ class Step(Protocol):
 def make_step(setup: Setup) -> Step:
     """The jitted step: (state, batch with leading (A, G)) -> (new state, metrics as scalars).
 
-    Every term is a sum over tokens, slots or examples divided by its weight over the *whole* step, which the batch's
-    masks tell in advance. So micro-steps and devices add their gradients without knowing of each other.
+    Every term is a sum over tokens, slots or examples divided by its weight over the *whole* step, which follows from
+    the masks of the batch. So micro-steps and devices add their gradients without knowing of each other.
     """
     config, method = setup.config, setup.method
     rates = optimizer.rates(config.train, setup.trainable)

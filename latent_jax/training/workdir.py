@@ -89,7 +89,7 @@ def named_step(path: str | Path) -> tuple[Path, int | None]:
 
 
 def read_finished(directory: Path) -> dict:
-    """What the run in `directory` noted at its end: {"step", "settings", "report", "command"}; {} before that.
+    """The note that the run in `directory` left at its end: {"step", "settings", "report", "command"}; {} before that.
 
     Notes of earlier versions have no command. Raises UserError where it is damaged.
     """
@@ -113,7 +113,7 @@ def numbers(report: dict) -> dict[str, float]:
 
 
 def card(config: Config, steps: int, numbers: dict[str, float], command: str, origin: Path) -> Card:
-    """What an export's README.md tells of a run; `origin`: what the workdir keeps of the base model."""
+    """The README.md of an export; `origin`: the files of the base model that the workdir keeps."""
     return Card(
         base_model=config.model.path or "tiny_vl" if config.model.init == "checkpoint" else "random weights",
         method=config.method,

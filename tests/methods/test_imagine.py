@@ -11,7 +11,8 @@ from latent_jax.data.layout import Text, with_learned_slots
 from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.inference import decode
-from latent_jax.methods import imagine, pretrain, sft
+from latent_jax.methods import imagine, sft
+from latent_jax.methods.latents import measure
 from latent_jax.models.heads import LatentVLM
 from latent_jax.models.parameters import Structure
 from latent_jax.training.state import new_model
@@ -124,7 +125,7 @@ def test_a_trained_heads_statistics_stay_and_a_new_ones_are_measured():
         packer.add(processor.lay_out(imagine.fit_layout(small.record(i), i, config, processor)))
     batch = packer.flush()
     found = imagine.fit(fresh, [batch], config)
-    want = pretrain.measure(fresh, [batch], config.latent, config.data.image_patches)
+    want = measure(fresh, [batch], config.latent, config.data.image_patches)
     assert found.keys() == want.keys() == {"head.mean", "head.scale"}
     for name, value in want.items():
         np.testing.assert_array_equal(found[name], value)

@@ -18,6 +18,7 @@ from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
 from latent_jax.inference import prompts
 from latent_jax.methods import pretrain
+from latent_jax.methods.latents import merge_latents
 from latent_jax.models.parameters import Structure
 from latent_jax.training.state import new_model
 from tests.reference import latent, ours
@@ -280,7 +281,7 @@ def test_pre_merger_latents_go_through_the_merger_as_an_images_patches_do():
     inputs = Processor.of(saved("small_patches")[0])([image])
     before = latent.image_latents(model, inputs, "encoder", side=4)
     merged = latent.image_latents(model, inputs, "merged", side=2)
-    found = pretrain.merge_latents(loaded.model, jnp.asarray(before[None], jnp.float32), side=4)
+    found = merge_latents(loaded.model, jnp.asarray(before[None], jnp.float32), side=4)
     np.testing.assert_allclose(found[0], merged, atol=1e-4 * np.abs(merged).max())
 
 

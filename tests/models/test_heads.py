@@ -8,8 +8,7 @@ from flax import nnx
 
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.parameters import Structure
-from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from tests.reference import latent, small
+from tests.reference import latent
 
 S, D, Z, F = 4, 12, 6, 10
 
