@@ -27,6 +27,7 @@ from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.errors import UserError
 from latent_jax.inference import decode
 from latent_jax.methods import pretrain
+from latent_jax.methods.latents import Latent, as_inputs, imagined_grid
 from latent_jax.models.heads import LatentVLM
 from latent_jax.runtime import files
 from latent_jax.runtime.progress import Progress
@@ -272,7 +273,7 @@ def report(
     examples = [processor.lay_out(layout) for layout in over_latents]
 
     def correct(z):
-        inputs = pretrain.as_inputs(model.vlm, model.head.unstandardise(jnp.asarray(z)), config.latent)
+        inputs = as_inputs(model.vlm, model.head.unstandardise(jnp.asarray(z)), config.latent)
         return answers(model, examples, inputs, tick)
 
     hits = {arm: correct(z) for arm, z in given.items()}
@@ -303,11 +304,9 @@ def untrained(model: LatentVLM, config) -> LatentVLM:
     return LatentVLM(model.vlm, head)
 
 
-def probe_layouts(
-    records: Sequence[dict], latent: pretrain.Latent, processor: Processor
-) -> tuple[list[Layout], list[Layout]]:
+def probe_layouts(records: Sequence[dict], latent: Latent, processor: Processor) -> tuple[list[Layout], list[Layout]]:
     """The questions about each record over imagined latents, and over its full description as text."""
-    grid = pretrain.imagined_grid(latent)
+    grid = imagined_grid(latent)
     over_latents, over_text = [], []
     for record in records:
         pairs = [(question["question"], question["answer"]) for question in record["questions"]]

@@ -18,7 +18,7 @@ from latent_jax.errors import UserError
 from latent_jax.losses.pooling import adaptive_pool
 from latent_jax.methods.contract import Batch, HostBatch
 from latent_jax.models.heads import LatentVLM
-from latent_jax.models.qwen2_5_vl.config import Config as ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL, encode
 
 READOUTS = ("slots", "last_token", "mean_text")

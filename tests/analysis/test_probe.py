@@ -14,6 +14,7 @@ from latent_jax.data import batch_shapes, packing
 from latent_jax.errors import UserError
 from latent_jax.inference.vlm import VLM
 from latent_jax.methods import pretrain
+from latent_jax.methods.latents import as_inputs
 from latent_jax.models.parameters import Structure
 from latent_jax.training.state import new_model
 from tests.reference import small
@@ -87,7 +88,7 @@ def test_answers_are_those_of_greedy_decoding(facade, records):
     asked = records[:COUNT]
     latents, texts = probe.probe_layouts(asked, facade.settings.latent, facade.processor)
     z = jnp.stack([facade.imagine(record["captions"][0]) for record in asked])
-    given = pretrain.as_inputs(facade.model.vlm, z, facade.settings.latent)
+    given = as_inputs(facade.model.vlm, z, facade.settings.latent)
     found = probe.answers(facade.model, [facade.processor.lay_out(layout) for layout in latents], given)
     expected = over_imagined(facade, asked)
     assert found.tolist() == expected and 3 <= sum(expected) < len(expected)

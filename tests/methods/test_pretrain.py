@@ -18,7 +18,7 @@ from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
 from latent_jax.inference import prompts
 from latent_jax.methods import pretrain
-from latent_jax.methods.latents import merge_latents
+from latent_jax.methods.latents import Latent, imagined_grid, merge_latents
 from latent_jax.models.parameters import Structure
 from latent_jax.training.state import new_model
 from tests.reference import latent, ours
@@ -342,10 +342,10 @@ def test_no_image_stands_in_the_sequence_that_imagines_it():
 
 
 def test_imagined_grid():
-    assert pretrain.imagined_grid(pretrain.Latent(grid=3)) == (3, 3)
-    assert pretrain.imagined_grid(pretrain.Latent(grid=4, space="encoder")) == (2, 2)
+    assert imagined_grid(Latent(grid=3)) == (3, 3)
+    assert imagined_grid(Latent(grid=4, space="encoder")) == (2, 2)
     with pytest.raises(UserError, match=r"latent.grid 3"):
-        pretrain.imagined_grid(pretrain.Latent(grid=3, space="encoder"))
+        imagined_grid(Latent(grid=3, space="encoder"))
 
 
 def test_coefficients_follow_their_schedules():

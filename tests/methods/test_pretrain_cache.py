@@ -24,6 +24,7 @@ from latent_jax.data.builders.build import build_scenes
 from latent_jax.data.chat import Processor
 from latent_jax.errors import UserError
 from latent_jax.methods import pretrain, sft
+from latent_jax.methods.latents import targets
 from latent_jax.models.qwen2_5_vl.config import from_json
 from latent_jax.runtime import metrics, sharding
 from latent_jax.training import shapes, state, target_cache
@@ -154,7 +155,7 @@ def one_by_one(made: target_cache.TargetCache, source) -> dict[int, np.ndarray]:
         batch_shape = batch_shapes.choose([example], batch_size=1)
         batch = {k: jnp.asarray(v[0]) for k, v in next(packing.batches([example], batch_shape)).items()}
         options = dict(image_patches=batch_shape.image_patches)
-        z = pretrain.targets(made.model_config, model.vlm.encode(batch, **options), batch, made.config.latent)
+        z = targets(made.model_config, model.vlm.encode(batch, **options), batch, made.config.latent)
         found[index] = np.asarray(z)[0, 0]
     return found
 
