@@ -8,12 +8,10 @@ minute or two on two CPU cores): enough to see what happens, far from what `make
 `plots`; run it in the folder that holds configs/ and examples/.
 """
 
-import argparse
 import importlib.util
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import latent_jax
@@ -21,10 +19,9 @@ from latent_jax import train
 from latent_jax.config import schema
 from latent_jax.data import sources
 from latent_jax.data.images import open_image
+from latent_jax.errors import UserError
+from latent_jax.runtime.command import Parser, command
 from latent_jax.training.workdir import is_workdir
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pretrain.py"
 CAPTIONS, NEAREST = 3, 4
@@ -50,6 +47,10 @@ def look(vlm, records: list[dict], words: list[str]) -> tuple[np.ndarray, np.nda
     """For all words the nearest records, nearest first, and their cosines: (words, NEAREST) each."""
     true = np.stack([vlm.encode_image(record["images"][0]) for record in records])  # (N, S, Z): the frozen encoder
     imagined = np.stack([vlm.imagine(text) for text in words])  # (W, S, Z): the language model, from words alone
+    if imagined.shape[1:] != true.shape[1:]:
+        raise UserError(
+            f"{vlm.name}: imagines {imagined.shape[1:]}, pictures are {true.shape[1:]}; expected latent.grid=4"
+        )
     mean = true.mean((0, 1))
     cosine = unit(imagined, mean) @ unit(true, mean).T
     order = np.argsort(-cosine, axis=1)[:, :NEAREST]
@@ -58,6 +59,11 @@ def look(vlm, records: list[dict], words: list[str]) -> tuple[np.ndarray, np.nda
 
 def draw(records: list[dict], words: list[str], order: np.ndarray, cosine: np.ndarray, output: Path) -> None:
     """A row for all words: their own picture, where they are a caption, and the nearest ones."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     own = {record["captions"][0]: index for index, record in enumerate(records)}
     size, widths = (2.1 * NEAREST + 5.2, 2.3 * len(words) + 0.9), [1.2, 1, 0.08] + [1] * NEAREST
     figure, axes = plt.subplots(len(words), NEAREST + 3, figsize=size, squeeze=False, width_ratios=widths)
@@ -83,8 +89,9 @@ def draw(records: list[dict], words: list[str], order: np.ndarray, cosine: np.nd
     plt.close(figure)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description="Imagines pictures from words and looks at the nearest true pictures.")
     parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"), help="a run, made where it is not there")
     parser.add_argument("--steps", type=int, default=100, help="of the run that is made")
     parser.add_argument("--data", default="", help="prepared scenes; default: generated on first use")
@@ -92,6 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=200, help="held-out pictures to look among")
     parser.add_argument("--output", type=Path, default=Path("look.png"))
     options = parser.parse_args(arguments)
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("a picture needs matplotlib: pip install -c constraints.txt -e '.[plots]'")
+    if options.pictures < NEAREST:
+        raise UserError(f"--pictures={options.pictures}: expected at least {NEAREST}")
     if not is_workdir(options.workdir):
         short_run(options.workdir, options.steps, options.data)
     vlm = latent_jax.load(options.workdir)

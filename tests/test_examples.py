@@ -129,6 +129,24 @@ def test_nearest_is_nearest(scenes):
     assert (np.diff(cosine, axis=1) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pictures=3"], "error: --pictures=3: expected at least 4"),
+        (["--steps=many"], "error: argument --steps: invalid int value: 'many'"),
+        (["--pictures=4"], "has no latent head"),  # of a workdir that has another method's head, or none
+    ],
+)
+def test_what_cannot_be_looked_at_is_one_line(flags, message, scenes, tmp_path, capsys, monkeypatch):
+    example = load("imagine_and_look")
+    monkeypatch.setattr(example, "is_workdir", lambda path: True)
+    monkeypatch.setattr(latent_jax, "load", lambda path, load=latent_jax.load: load(""))
+    with pytest.raises(SystemExit) as ended:
+        example.main([*flags, f"--data={scenes}", f"--workdir={tmp_path}", f"--output={tmp_path / 'look.png'}"])
+    assert ended.value.code == 2 and message in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1 and not (tmp_path / "look.png").exists()
+
+
 # ---------------------------------------------------------------- CONTRIBUTING.md
 
 
