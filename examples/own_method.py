@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from latent_jax.config.fields import option
+from latent_jax.config.training import Config
 from latent_jax.data.layout import Layout, Room, Slots, Text, with_learned_slots
 from latent_jax.data.messages import imagine_parts
 from latent_jax.methods import sft
@@ -22,6 +23,13 @@ from latent_jax.models.parameters import Declare
 @dataclasses.dataclass(frozen=True)
 class Pause:
     count: int = option(4, "pause tokens after a question", low=1, high=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class PauseConfig(Config):
+    pause: Pause = Pause()
+    loss: sft.Loss = sft.Loss()
+    chat: sft.Chat = sft.Chat()
 
 
 class Pauses(nnx.Module):
@@ -59,7 +67,7 @@ def think(model, batch, config, keys, temperature):
 
 
 METHOD = Method(
-    sections={"pause": Pause, "loss": sft.Loss, "chat": sft.Chat},
+    config=PauseConfig,
     layout=layout,
     coefficients=sft.coefficients,
     weights=sft.weights,
