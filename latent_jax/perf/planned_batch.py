@@ -41,7 +41,7 @@ def planned(config, method: Method, shape: ModelConfig, directory: Path | None, 
     if record is None:
         return _ruled(config, method, shape, directory, shards)
     processor, counted = _processor(config, shape, directory)
-    example = processor.lay_out(method.layout(record, 0, config, processor), draw=False)
+    example = processor.lay_out(method.layout(record, 0, config, processor), decode=False)
     batch_shape = resolve.choose([example], config, method, shape.vision, shards)
     resolve.check_groups(batch_shape, shards)
     return Planned(batch_shape, _full(example, batch_shape), f"as for {method_words(example)}{counted}")
