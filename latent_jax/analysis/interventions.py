@@ -9,14 +9,14 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from latent_jax.analysis.geometry import pairwise_cosine
 from latent_jax.benchmarks.items import Item
-from latent_jax.config.evaluation import LATENTS
+from latent_jax.config.evaluation import LATENTS, Evaluation
 from latent_jax.errors import UserError
 from latent_jax.evaluation.paired import compare
 from latent_jax.inference.prompts import Thought
@@ -27,7 +27,19 @@ BATCH = 32
 _TRIED = 8  # questions after a donor that cannot be shown, before its taker is skipped
 
 
-def run(config, directory: Path, latents: Mapping[str, float], evaluate: Callable) -> dict:
+@runtime_checkable
+class Thinker(Protocol):
+    """What an intervention needs of inference.vlm.VLM."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def think(self, conversations: Sequence[Sequence[dict]]) -> list[list[Thought]]: ...
+
+    def generate(self, conversations: Any, max_new_tokens: int, *, thoughts: Any = None) -> list[str]: ...
+
+
+def run(config: Evaluation, directory: Path, latents: Mapping[str, float], evaluate: Callable) -> dict:
     """Evaluates with every intervention in `directory`/latents_NAME, and writes `directory`/interventions.json.
 
     latents: `geometry` of the model's own. evaluate: (config, directory) -> the results of one evaluation.
@@ -54,13 +66,19 @@ class Moments(NamedTuple):
     deviation: Float[np.ndarray, "M D"]
 
 
-def moments(vlm, conversations: Sequence[list[dict]]) -> Moments:
+def moments(vlm: Thinker, conversations: Sequence[list[dict]]) -> Moments:
     """Measured on what the model thinks in these conversations, one imagine part each."""
     inputs = np.stack([own.inputs for own in _sample(vlm, conversations)]).astype(np.float64)
     return Moments(inputs.mean(0).astype(np.float32), inputs.std(0).astype(np.float32))
 
 
-def sender(config, vlm, items: Sequence[Item], show: Callable[[Sequence[Item]], list[list[dict]]], tokens: int):
+def sender(
+    config: Evaluation,
+    vlm: Thinker,
+    items: Sequence[Item],
+    show: Callable[[Sequence[Item]], list[list[dict]]],
+    tokens: int,
+) -> Callable[[Sequence[Item]], list[str]]:
     """Items -> the replies to them with `config.evaluate.latents` in the place of their latents.
 
     items: all questions of the split, of which donors are taken. show: items -> conversations that ask for latents.
@@ -115,7 +133,7 @@ def replaced(name: str, own: Float[np.ndarray, "M D"], known: Moments | None, se
     raise ValueError(name)
 
 
-def donors(config, items: Sequence[Item]) -> dict[str, Item]:
+def donors(config: Evaluation, items: Sequence[Item]) -> dict[str, Item]:
     """Question id -> the question whose latents it gets: the one half the split away (neighbours may ask about one
     image), or what the file of `config.evaluate.donors` says. Raises UserError where there is none."""
     if config.evaluate.latents == "shuffled":
@@ -139,7 +157,7 @@ def spread(items: Sequence[Item]) -> list[Item]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
-def geometry(vlm, conversations: Sequence[list[dict]]) -> dict[str, float]:
+def geometry(vlm: Thinker, conversations: Sequence[list[dict]]) -> dict[str, float]:
     """Of the latents that are predicted in conversations: how alike those of different ones are (cosine of all slots
     together; as they are, and less their mean), their norm (over that of the dataset's true ones too, where the head
     knows it), and the shares of latent spans that are never opened or closed (the prompt does both, so none)."""
@@ -160,7 +178,7 @@ def geometry(vlm, conversations: Sequence[list[dict]]) -> dict[str, float]:
     return found
 
 
-def _sample(vlm, conversations: Sequence[list[dict]]) -> list[Thought]:
+def _sample(vlm: Thinker, conversations: Sequence[list[dict]]) -> list[Thought]:
     """What the model thinks in those that can be shown. Raises UserError where none can."""
     found = [thought for thought in _thoughts(vlm, conversations) if thought is not None]
     if not found:
@@ -168,7 +186,7 @@ def _sample(vlm, conversations: Sequence[list[dict]]) -> list[Thought]:
     return found
 
 
-def _thoughts(vlm, conversations: Sequence[list[dict]]) -> list[Thought | None]:
+def _thoughts(vlm: Thinker, conversations: Sequence[list[dict]]) -> list[Thought | None]:
     """The one thought of each conversation; None for one that cannot be shown, such as one with a broken image."""
     found = []
     for at in range(0, len(conversations), BATCH):

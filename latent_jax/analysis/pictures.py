@@ -18,6 +18,7 @@ from latent_jax.data.images import open_image
 from latent_jax.errors import UserError, one_line
 from latent_jax.runtime import files, metrics
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CURVES, NEIGHBOURS = "curves.png", "neighbours.png"
 # Captions that are shown, and nearest images of each.
 SHOWN, NEAREST = 6, 5
@@ -91,7 +92,7 @@ def neighbours(
     pen.line([(left + _THUMB + 14, top - 20), (left + _THUMB + 14, canvas.height - 20)], _RULE, 2)
     thumbs = {}
 
-    def place(index: int, at: tuple[int, int], own: bool = False) -> None:
+    def place(index: int, at: tuple[float, float], own: bool = False) -> None:
         if index not in thumbs:
             thumbs[index] = _thumbnail(records[index])
         thumb = thumbs[index]
@@ -166,7 +167,14 @@ def curves(lines: Sequence[Mapping]) -> Image.Image:
     return canvas
 
 
-def _curves(canvas: Image.Image, lines, names: Mapping[str, str], title: str, box, window: int) -> None:
+def _curves(
+    canvas: Image.Image,
+    lines: Sequence[Mapping],
+    names: Mapping[str, str],
+    title: str,
+    box: tuple[float, float, float, float],
+    window: int,
+) -> None:
     """One panel with the curves of `names` (metric -> label) that the lines hold, and its legend above."""
     pen = ImageDraw.Draw(canvas)
     found = {}
@@ -241,17 +249,25 @@ def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return canvas, ImageDraw.Draw(canvas)
 
 
-def _font(size: int):
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
-def _say(pen: ImageDraw.ImageDraw, at, text: str, size: int, width: int, lines: int, color=_INK) -> None:
+def _say(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    width: int,
+    lines: int,
+    color: tuple[int, int, int] = _INK,
+) -> None:
     """Writes text at its upper left corner in at most `lines` lines of `width` pixels."""
     for number, line in enumerate(wrapped(text, _font(size), width, lines)):
         pen.text((at[0], at[1] + number * round(1.3 * size)), line, color, _font(size))
 
 
-def wrapped(text: str, font, width: int, lines: int) -> list[str]:
+def wrapped(text: str, font: Font, width: int, lines: int) -> list[str]:
     """Text in lines of at most `width` pixels, broken at spaces, inside words where one is too long; what is too much
     for `lines` ends in dots."""
     # As many characters as could fit at all: captions may be pages.

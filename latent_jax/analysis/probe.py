@@ -11,15 +11,17 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from latent_jax.analysis import pictures
 from latent_jax.analysis.geometry import latent_geometry
-from latent_jax.config.training import mixture
+from latent_jax.config.training import Config, mixture
 from latent_jax.data import batch_shapes, packing, pipeline, sources
 from latent_jax.data.chat import Processor
 from latent_jax.data.layout import Example, Layout
@@ -29,6 +31,7 @@ from latent_jax.inference import decode
 from latent_jax.methods import pretrain
 from latent_jax.methods.latents import Latent, as_inputs, imagined_grid
 from latent_jax.models.heads import LatentVLM
+from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.runtime import files
 from latent_jax.runtime.progress import Progress
 
@@ -38,18 +41,18 @@ ARMS = ("imagined", "true latents", "mean latents", "untrained head", "caption a
 CHUNK, BATCH = 32, 64
 
 
-def caption_layout(record: dict, config) -> Layout:
+def caption_layout(record: dict, config: Any) -> Layout:
     """Full description (captions[0]) -> slots, with the image as target."""
     return pretrain.imagine_layout(record["captions"][0], config.latent, tuple(record["images"][:1]), record["key"])
 
 
 def run(
-    model: LatentVLM, config, processor: Processor, directory: Path, say: Callable[[str], None]
+    model: LatentVLM, config: Any, processor: Processor, directory: Path, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Reports on the held-out split: says a table, what its words mean and what to try next, and writes
     `imagination.json` and two pictures into the workdir.
 
-    Where the data has no such split, reports nothing: `lacking` told of it before the first step. Raises UserError
+    Where the data has no such split, reports nothing: `lacking` reported it before the first step. Raises UserError
     where it is damaged.
     """
     try:
@@ -99,7 +102,7 @@ def run(
     return found
 
 
-def usable(records: Sequence[dict], config, processor: Processor) -> tuple[list[dict], list[Example]]:
+def usable(records: Sequence[dict], config: Any, processor: Processor) -> tuple[list[dict], list[Example]]:
     """The records that can be laid out, and their examples. Raises UserError where none can."""
     kept, examples, problem = [], [], None
     for record in records:
@@ -118,7 +121,7 @@ def usable(records: Sequence[dict], config, processor: Processor) -> tuple[list[
     return kept, examples
 
 
-def held_out(config) -> list[dict]:
+def held_out(config: Config) -> list[dict]:
     """The first `evaluate.examples` held-out records; those of scenes with questions about the same images."""
     name = mixture(config.data.name)[0][0]
     source = sources.held_out(name, config.data, config.evaluate.split, config.seed)
@@ -128,7 +131,7 @@ def held_out(config) -> list[dict]:
     return sources.first(source, config.evaluate.examples)
 
 
-def lacking(config) -> str:
+def lacking(config: Config) -> str:
     """What a report on held-out data would miss, looked up before training; "" where all is there."""
     if config.data.holdout:
         return ""
@@ -147,7 +150,7 @@ def lacking(config) -> str:
     return ""
 
 
-def _held_out_names(config) -> list[str]:
+def _held_out_names(config: Config) -> list[str]:
     name = mixture(config.data.name)[0][0]
     return [name, "scenes_questions"] if name == "scenes" else [name]
 
@@ -211,11 +214,11 @@ def legend(found: dict[str, float]) -> list[str]:
     return lines
 
 
-def advice(record: dict, config, directory: Path, answered: float | None = None) -> list[str]:
+def advice(record: dict, config: Config, directory: Path, answered: float | None = None) -> list[str]:
     """What to try next: commands as they can be typed. `answered`: percent of such questions, where it is known."""
-    told = _plain(record["captions"][0])[:200]
+    caption = _plain(record["captions"][0])[:200]
     asked = record["questions"][0] if record["questions"] else {"question": "Describe the image."}
-    words = (f"--model={directory}", f"--imagine={told}", f"--prompt={_plain(asked['question'])}")
+    words = (f"--model={directory}", f"--imagine={caption}", f"--prompt={_plain(asked['question'])}")
     right = f"  # right: {_plain(asked['answer'])}" if "answer" in asked else ""
     if right and answered is not None:
         right += f"; of such questions it answers {answered:.0f} %"
@@ -241,7 +244,7 @@ def report(
     model: LatentVLM,
     batches: Sequence[dict],
     records: Sequence[dict],
-    config,
+    config: Any,
     processor: Processor,
     tick: Callable[[int], None] = lambda _: None,
     see: Callable[[np.ndarray, np.ndarray], None] = lambda *_: None,
@@ -251,7 +254,7 @@ def report(
     Args:
       batches: the packed `caption_layout` of every record, in order.
       records: hold captions[0], the full description; those that hold questions too are probed.
-      tick: is told how many more examples have passed through the model (of `_work`).
+      tick: called with how many more examples have passed through the model (of `_work`).
       see: gets the captions' (predicted, target) latents (E, S, Z).
 
     The keys are those of `geometry.latent_geometry`; `probe/ARM`, accuracies in percent; `probe/questions`, how many.
@@ -283,7 +286,7 @@ def report(
 
 
 def latents(
-    model: LatentVLM, batches: Iterable[dict], config, tick: Callable[[int], None] = lambda _: None
+    model: LatentVLM, batches: Iterable[dict], config: Any, tick: Callable[[int], None] = lambda _: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(predicted, target) standardised latents (E, S, Z) of packed caption examples, in data order."""
     run = jax.jit(lambda model, batch: pretrain.forward(model, batch, config)[1:])
@@ -297,7 +300,7 @@ def latents(
     return np.concatenate(predicted), np.concatenate(target)
 
 
-def untrained(model: LatentVLM, config) -> LatentVLM:
+def untrained(model: LatentVLM, config: Any) -> LatentVLM:
     """The same language model with a head that was never trained, and the trained head's statistics."""
     head = pretrain.build_head(model.vlm.config, config, nnx.Rngs(config.seed + 1))
     head.mean[...], head.scale[...] = model.head.mean[...], model.head.scale[...]
@@ -345,7 +348,9 @@ def answers(
 
 
 @functools.partial(jax.jit, static_argnames="image_patches")
-def _likeliest(vlm, batch, given, *, image_patches: int):
-    """The likeliest next token at every position, (1, R, T)."""
+def _likeliest(
+    vlm: Qwen2_5_VL, batch: dict[str, Array], given: Float[Array, "X D"], *, image_patches: int
+) -> Int[Array, "1 B T"]:
+    """The likeliest next token at every position."""
     hidden, _ = vlm.decode(decode.embed(vlm, batch, given, image_patches), batch)
     return jnp.argmax(vlm.logits(hidden), axis=-1)

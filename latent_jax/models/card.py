@@ -1,4 +1,4 @@
-"""The model card of an export: a README.md whose front matter tells a hub what it is and what it came from."""
+"""The model card of an export: a README.md whose front matter names its base model, task and licence for a hub."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ _MOST_CARD = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What is told of a run: what it started from, by which method, on what, how long, and what was measured."""
+    """A run as the card describes it: base model, method, data, steps and measured numbers."""
 
     base_model: str
     method: str

@@ -70,7 +70,7 @@ def save(
       source: an HF directory, or a workdir's record made by `keep_origin`: its config, tokenizer and processor files
         are copied along, and its dtypes and its choice of one file or shards are kept.
       dtype: of every tensor, instead of the source's; config.json then says so. Where neither the source's weights nor
-        its config.json tell a dtype, the arrays' own is kept.
+        its config.json state a dtype, the arrays' own is kept.
       max_shard_bytes: the largest shard; without it one file where the source was one, else 5 GB.
       latent: tensors and config of what HF has no place for, see `save_latent`; without it the source's, if any.
       card: the README.md to write, see `card.text`. One of the user's own (without our mark) is kept in its place.
@@ -221,7 +221,13 @@ def _entries(
 
 
 def _pieces(
-    value, row: hf_names.Weight, layer: int, config: ModelConfig, dtype: np.dtype, name: str, unsound: list[str] | None
+    value: jax.Array | np.ndarray | RowReader,
+    row: hf_names.Weight,
+    layer: int,
+    config: ModelConfig,
+    dtype: np.dtype,
+    name: str,
+    unsound: list[str] | None,
 ) -> Iterator[np.ndarray]:
     """One published tensor: whole, or in blocks of rows where both sides have the same axes (the large embeddings).
 
@@ -255,7 +261,7 @@ def gather(value: jax.Array) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def host_rows(value, start: int, count: int) -> np.ndarray:
+def host_rows(value: jax.Array | np.ndarray | RowReader, start: int, count: int) -> np.ndarray:
     """Rows of the leading axis on the host, whatever the array is sharded over; only they are moved there."""
     if not isinstance(value, jax.Array):
         return value[start : start + count]

@@ -56,7 +56,7 @@ def resolve(model: str | Path) -> Path:
     """The checkpoint's directory. A hub id (`owner/name`) is downloaded, or found in the hub's cache.
 
     Raises UserError if there is no such directory and no such model, if the hub cannot be reached, or if a small file
-    is not the one that the folder's checksums tell of.
+    is not the one in the folder's checksums.json.
     """
     directory = _located(model)
     sums.check(directory)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from latent_jax.errors import UserError
@@ -83,7 +84,7 @@ class Merged:
         product = a.reshape(len(a), -1, rank) @ b.reshape(len(b), rank, -1)
         return base + np.float32(self.scale) * product.reshape(base.shape)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         whole = np.empty(self.shape, dtype or self.dtype)
         for layer in range(len(whole)):
             whole[layer : layer + 1] = self[layer : layer + 1].astype(self.dtype)

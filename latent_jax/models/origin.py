@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def copy_files(source: Path, destination: Path, names: Iterable[str]) -> None:
             file.write(content)
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value))
 
 

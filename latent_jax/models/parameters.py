@@ -38,7 +38,7 @@ class Declare:
         return nnx.Param(value.astype(self.dtype), axes=axes, decay=decay)
 
     def constant(self, axes: str, value: float = 0.0, decay: bool = False) -> nnx.Param:
-        """One value everywhere: norms, biases and scalars, which do not decay, unless told."""
+        """One value everywhere: by default without weight decay, as norms, biases and scalars are."""
         return nnx.Param(jnp.full(self.shape(axes), value, self.dtype), axes=axes, decay=decay)
 
     def statistic(self, axes: str, value: float) -> Statistic:

@@ -95,7 +95,9 @@ def _score(logits: Array, targets: Array) -> tuple[Array, Array, Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted_sums(hidden: Array, weight: Array, targets: Array, loss_weights: Array, chunk: int):
+def _weighted_sums(
+    hidden: Array, weight: Array, targets: Array, loss_weights: Array, chunk: int
+) -> tuple[Array, Array]:
     """(X, D), (V, D), (X,), (X,) -> the weighted sums of cross-entropy and of correctness."""
 
     def local(axes: tuple[str, ...], hidden, weight, targets, loss_weights):
@@ -169,7 +171,7 @@ def _specs(hidden: Array, weight: Array) -> tuple[P, P]:
     return P(partition.GROUPS), P(None, "fsdp") if weight.shape[1] % mesh.shape["fsdp"] == 0 else P()
 
 
-def _on_mesh(local: Callable, hidden: Array, weight: Array, out_specs) -> Callable:
+def _on_mesh(local: Callable, hidden: Array, weight: Array, out_specs: tuple[P, ...]) -> Callable:
     """`local(axes, hidden, weight, targets, loss_weights)` over every device's own tokens; axes () = all are here."""
     tokens, table = _specs(hidden, weight)
     if tokens == P():

@@ -13,6 +13,8 @@ queries against their three blocks of keys (`attention.block_attention`).
 import functools
 import math
 from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,14 +138,14 @@ def splash_runs(
     return _on_mesh(local, q, k, v, ids)
 
 
-def _kernels():
+def _kernels() -> ModuleType:
     # Imported where it is used: pallas is a second's import that no CPU or GPU run needs.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     return splash_attention
 
 
-def _block_sizes(queries: int, keys: int, largest: int):
+def _block_sizes(queries: int, keys: int, largest: int) -> Any:
     """The largest blocks that divide both padded lengths, for the forward and both backward kernels."""
     bq, bkv = (max(b for b in range(LANES, largest + 1, LANES) if length % b == 0) for length in (queries, keys))
     forward = dict(block_q=bq, block_kv=bkv, block_kv_compute=bkv)

@@ -9,6 +9,7 @@ Everything here asks for the ambient mesh (the training step sets it) and does n
 """
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -67,7 +68,7 @@ def gather(weight: jax.Array, axes: str) -> jax.Array:
     return _gather(weight, stored)
 
 
-def keep_all_but_gathered(primitive, *_, **__) -> bool:
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """A remat policy: everything is kept for the backward pass but what `gather` (or `rows`, for free) made.
 
     Gathered weights kept for every layer would undo their sharding.
@@ -95,12 +96,12 @@ def _gather(weight: jax.Array, stored: P) -> jax.Array:
     return _gather_forward(weight, stored)[0]
 
 
-def _gather_forward(weight: jax.Array, stored: P):
+def _gather_forward(weight: jax.Array, stored: P) -> tuple[jax.Array, None]:
     whole = P(*(None if name == "fsdp" else name for name in stored))
     return jax.lax.with_sharding_constraint(weight, whole), None
 
 
-def _gather_backward(stored: P, _, gradient: jax.Array):
+def _gather_backward(stored: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Without this the transpose of a gather would keep the gradient whole: an all-reduce of the layer's weights.
     return (jax.lax.with_sharding_constraint(gradient, stored),)
 

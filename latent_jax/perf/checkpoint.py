@@ -1,5 +1,6 @@
 """A run's checkpoints: written and read back with the checksums of their arrays and without, gigabytes a second."""
 
+import argparse
 import contextlib
 import functools
 import itertools
@@ -23,7 +24,7 @@ from latent_jax.runtime.checkpoints import Checkpoints
 WIDTH, LAYERS = 1024, 2  # of the random weights that are taken without --model
 
 
-def measure(options) -> Report:
+def measure(options: argparse.Namespace) -> Report:
     """Times what a training state costs: float32 weights and both of Adam's moments, all of them learning.
 
     A save is timed until the loop may go on, and until the disk has it; files lie in the page cache all the same.
@@ -48,7 +49,7 @@ def _state(directory: Path) -> dict:
     return {"trainable": weights, "opt_state": {"mu": scaled(0.1), "nu": scaled(0.01)}}
 
 
-def _measure(options, state: dict, stores: dict[str, Checkpoints]) -> Report:
+def _measure(options: argparse.Namespace, state: dict, stores: dict[str, Checkpoints]) -> Report:
     size, steps = sum(array.nbytes for array in jax.tree.leaves(state)), itertools.count(1)
     abstract = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state

@@ -1,9 +1,11 @@
 """The input pipeline: encoded JPEG to patches, ours against the image processor of transformers."""
 
+import argparse
 import io
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -17,7 +19,7 @@ SIZE = (1024, 768)
 FILES = 8
 
 
-def measure(options) -> Report:
+def measure(options: argparse.Namespace) -> Report:
     """Images a second of one thread, which is one core's worth, and of one thread a core.
 
     Both sides have the published preprocessor's defaults: a picture of this size keeps it, but for rounding to 28
@@ -57,7 +59,7 @@ def _ours(file: bytes, spec: ImageSpec) -> images.Patches:
     return images.patchify(images.open_image(file), spec)
 
 
-def _theirs(file: bytes, processor):
+def _theirs(file: bytes, processor: Any) -> Any:
     from transformers.image_utils import load_image
 
     return processor(images=[load_image(images.opened(io.BytesIO(file)))], return_tensors="np")

@@ -1,7 +1,9 @@
 """Generation: a batch of mixed prompts, ours against `generate` of transformers, greedy, the same tokens."""
 
+import argparse
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import PIL.Image
 
@@ -28,7 +30,7 @@ def conversations(count: int) -> list[list[dict]]:
     return made
 
 
-def measure(options) -> Report:
+def measure(options: argparse.Namespace) -> Report:
     """Both from laid-out prompts to token ids; ours also from messages to text."""
     devices = models.devices()
     with models.checkpoint(options.model, options.width, options.layers) as directory:
@@ -64,7 +66,9 @@ def measure(options) -> Report:
     return Report(title, lines + more, numbers)
 
 
-def _their_sides(directory, loaded, batch, new, answers) -> dict[str, Callable[[], object]]:
+def _their_sides(
+    directory: Path, loaded: vlm.VLM, batch: list[list[dict]], new: int, answers: dict[str, list[list[int]]]
+) -> dict[str, Callable[[], object]]:
     """Torch with one thread and with one a core: the better one counts."""
     import torch
 

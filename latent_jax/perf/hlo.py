@@ -58,7 +58,9 @@ class Program:
         """(instruction, its computation, that one's name, times it runs in a step, loops around it)."""
         yield from self._walk(self.entry, 1.0, 0)
 
-    def _walk(self, name: str, times: float, depth: int):
+    def _walk(
+        self, name: str, times: float, depth: int
+    ) -> Iterator[tuple[Instruction, dict[str, Instruction], str, float, int]]:
         computation = self.computations.get(name, {})
         for instruction in computation.values():
             yield instruction, computation, name, times, depth

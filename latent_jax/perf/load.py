@@ -1,5 +1,6 @@
 """Checkpoints: an HF directory to arrays and back, gigabytes a second and memory above the weights."""
 
+import argparse
 import contextlib
 import gc
 import shutil
@@ -51,7 +52,7 @@ def anonymous() -> int:
     return 0
 
 
-def measure(options) -> Report:
+def measure(options: argparse.Namespace) -> Report:
     """Files lie in the page cache after the first round: this is the cost of the code, not of the disk."""
     width = options.width or (0 if options.model else WIDTH)
     with (
@@ -61,7 +62,7 @@ def measure(options) -> Report:
         return _measure(options, Path(directory), Path(scratch))
 
 
-def _measure(options, directory: Path, scratch: Path) -> Report:
+def _measure(options: argparse.Namespace, directory: Path, scratch: Path) -> Report:
     config = from_json(directory / "config.json")
     load = lambda: jax.block_until_ready(hf_io.load(directory, config))
     with Peak() as peak:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from latent_jax.perf import timing
 from latent_jax.training.workdir import is_workdir
 
 DTYPES = ("float32", "bfloat16")
-# fp32: of the layer's largest entry. bf16: how much further from torch's bf16 we may be, in the root mean square, than
-# torch's bf16 is from torch's fp32; two honest roundings that know nothing of each other give the square root of 2.
+# fp32: largest difference over the layer's largest entry. bf16: our RMS distance to torch's bf16 is at most RATIO times
+# torch's own distance between bf16 and fp32; two independent roundings give sqrt(2).
 TOLERANCE, RATIO = 1e-4, 2.0
 
 
@@ -179,7 +180,7 @@ def their_inputs(directory: Path, chat_template: str, messages: list[dict]) -> d
     return inputs
 
 
-def _modules(model):
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
     """(layer name, module) in the order in which a prompt passes them."""
     visual, text = model.model.visual, model.model.language_model
     yield from ((f"vision.blocks.{i}", block) for i, block in enumerate(visual.blocks))
@@ -189,11 +190,11 @@ def _modules(model):
     yield "logits", model.lm_head
 
 
-def _keep(layers: dict[str, np.ndarray], name: str, _module, _inputs, output) -> None:
+def _keep(layers: dict[str, np.ndarray], name: str, _module: Any, _inputs: Any, output: Any) -> None:
     _keep_input(layers, name, _module, output if isinstance(output, tuple) else (output,))
 
 
-def _keep_input(layers: dict[str, np.ndarray], name: str, _module, inputs: tuple) -> None:
+def _keep_input(layers: dict[str, np.ndarray], name: str, _module: Any, inputs: tuple) -> None:
     layers[name] = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1]).numpy().copy()
 
 
@@ -211,7 +212,7 @@ def observe_ours(directory: Path, processor: Processor, dtype: str, max_new_toke
     model = structure.build(hf_io.load(directory, config, dtype=jnp.dtype(dtype)))
     eos = eos_ids(directory, processor.tokenizer, config.text.vocab_size)
     found = {}
-    # Accelerators multiply fp32 matrices in TF32 or bfloat16 unless told.
+    # By default accelerators multiply fp32 matrices in TF32 or bfloat16.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         for name, messages in prompts().items():
             rows = one_per_row([processor.lay_out(processor.render(messages, True))], config)

@@ -1,30 +1,34 @@
 """The training step: packed by us against padded by stock transformers and torch's AdamW, on the same examples.
 
 Both start from the same weights, train every weight with the same loss, clipping and optimiser, and take the same
-batches in turn; the first losses are compared and told.
+batches in turn; the first losses are compared and printed.
 """
 
+import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import PIL.Image
+from jax.sharding import Mesh
 
 from latent_jax.config import schema
-from latent_jax.config.training import mixture
+from latent_jax.config.training import Config, mixture
 from latent_jax.data import batch_shapes, packing, sources
 from latent_jax.data.chat import Processor
 from latent_jax.data.images import open_image
-from latent_jax.data.layout import Room
+from latent_jax.data.layout import Example, Room
 from latent_jax.data.prompts import DESCRIBE
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
 from latent_jax.models import hf_io
 from latent_jax.models.qwen2_5_vl import flops
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.perf import models, theirs, timing
 from latent_jax.perf.timing import Report
 from latent_jax.runtime import sharding
@@ -47,7 +51,7 @@ class Batch:
     examples: int
 
 
-def measure(options) -> Report:
+def measure(options: argparse.Namespace) -> Report:
     config = _config(options)
     mesh = sharding.make_mesh(-1, 1, 1, models.devices())
     with models.checkpoint(options.model, options.width, options.layers) as directory:
@@ -102,7 +106,7 @@ def measure(options) -> Report:
 # ---------------------------------------------------------------- the same examples
 
 
-def _config(options):
+def _config(options: argparse.Namespace) -> Config:
     made = schema.default("sft")
     made.model.update(trainable="all", unroll=4, remat="none", compute_dtype="float32")
     made.data.row_tokens = 128
@@ -115,13 +119,13 @@ def _config(options):
     return schema.resolve(made)
 
 
-def _records(config):
+def _records(config: Config) -> Iterator[tuple[dict, int]]:
     """Records of the sources in turn."""
     opened = [sources.open_source(name, "", "train") for name, _ in mixture(config.data.name)]
     return ((source[i % len(source)], i) for i in itertools.count() for source in opened)
 
 
-def _laid_out(config, processor: Processor, count: int):
+def _laid_out(config: Config, processor: Processor, count: int) -> list[Example]:
     return [
         processor.lay_out(sft.layout(record, index, config, processor))
         for record, index in itertools.islice(_records(config), count)
@@ -129,7 +133,7 @@ def _laid_out(config, processor: Processor, count: int):
 
 
 def make_batches(
-    config, processor: Processor, model_config, shards: int, options
+    config: Config, processor: Processor, model_config: ModelConfig, shards: int, options: argparse.Namespace
 ) -> tuple[list[Batch], packing.BatchShape]:
     """The first steps' examples, packed as training packs them, and as the conversations that they are."""
     vision = model_config.vision
@@ -153,7 +157,7 @@ def make_batches(
     return made, batch_shape
 
 
-def conversations(record: dict, index: int, config) -> list[list[dict]]:
+def conversations(record: dict, index: int, config: Any) -> list[list[dict]]:
     """What methods.sft shows of a record, as whole conversations: one a question, or its description."""
     image = open_image(record["images"][0])
     if record["questions"]:
@@ -173,7 +177,9 @@ def _conversation(image: PIL.Image.Image, question: str, answer: str) -> list[di
 # ---------------------------------------------------------------- the two steps
 
 
-def _ours(config, directory: Path, model_config, mesh, batches: list[Batch]) -> Callable[[], list[float]]:
+def _ours(
+    config: Config, directory: Path, model_config: ModelConfig, mesh: Mesh, batches: list[Batch]
+) -> Callable[[], list[float]]:
     setup = make_setup(config, sft.METHOD, model_config, mesh, {})
     state = first_state(setup, hf_io.resolve(directory))
     step, place = make_step(setup), sharding.batch_sharding(mesh)
@@ -225,7 +231,7 @@ def _theirs(directory: Path, processor: Processor, batches: list[Batch]) -> dict
     return {f"torch, {count} thread" + "s" * (count > 1): side(count) for count in counts}
 
 
-def _labels(directory: Path, processor: Processor, batch: Batch, inputs: dict):
+def _labels(directory: Path, processor: Processor, batch: Batch, inputs: dict) -> Any:
     """Token ids where the assistant speaks, its end of turn included; -100 elsewhere."""
     prompts = [conversation[:-1] for conversation in batch.conversations]
     asked = theirs.inputs(directory, processor.tokenizer.chat_template, prompts, side="right", prompt=True)[

@@ -15,7 +15,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(directory: Path):
+def load_model(directory: Path) -> Any:
     """The checkpoint in float32 on the CPU, with the attention that transformers chooses."""
     import torch
     import transformers
@@ -24,7 +24,7 @@ def load_model(directory: Path):
     return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
 
 
-def image_processor(directory: Path | None = None):
+def image_processor(directory: Path | None = None) -> Any:
     """The PIL image processor of a checkpoint, or with its defaults, which are the published ones."""
     import transformers
 

@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from latent_jax.errors import UserError
@@ -88,7 +88,7 @@ def need_torch(asked: str, instead: str = "") -> None:
 
 
 @contextlib.contextmanager
-def profiled(directory: Path | None):
+def profiled(directory: Path | None) -> Iterator[None]:
     """Writes a profile of what runs inside to `directory`, for TensorBoard or Perfetto; nothing where it is None."""
     if directory is None:
         yield

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 
 from latent_jax.errors import UserError
 
@@ -183,8 +184,8 @@ def _describe(topology: Topology) -> list:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Sends standard error nowhere, also for C++: the plugins tell of drivers that are not there, as if it mattered."""
+def _quiet() -> Iterator[None]:
+    """Discards standard error, also that of C++: the plugins warn of absent drivers, which are not needed here."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

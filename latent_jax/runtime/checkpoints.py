@@ -5,7 +5,7 @@ without the optimiser), `iterator` (where the data stood) and `extra` (JSON). A 
 temporary name; a kill leaves that, which the next run removes, and `latest` never sees it.
 
 With every step stand the checksums of its arrays (`runtime/checksums.py`), in `extra` under a name of its own, and each
-JSON item carries one of itself: what is read back is compared, so that a damaged disk is told and never trained on.
+JSON item carries one of itself: both are compared after reading, so that damage on disk is an error.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -98,10 +99,10 @@ class Checkpoints:
         if odd:
             raise UserError(f"{odd[0]}: not a directory; expected a checkpoint of that step, or nothing: move it away")
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def due(self, step: int) -> bool:
@@ -168,7 +169,7 @@ class Checkpoints:
         restored = {n: self._restore(step, n, tree, sums.get(n), finite=True) for n, tree in abstract.items()}
         return restored, documents["iterator"], _own(documents["extra"])
 
-    def restore_item(self, step: int | None, name: str, abstract=None):
+    def restore_item(self, step: int | None, name: str, abstract: Any = None) -> Any:
         """Reads one item of the state, e.g. "params"; the others are not touched.
 
         With `abstract` (as in `restore`) its arrays come back sharded; without it the tree comes back as nested dicts
@@ -216,7 +217,7 @@ class Checkpoints:
         self._manager.reload()
 
     @contextlib.contextmanager
-    def _writing(self):
+    def _writing(self) -> Iterator[None]:
         """A disk that is full or gone speaks through several libraries, in many lines."""
         try:
             yield
@@ -247,7 +248,7 @@ class Checkpoints:
             raise Damaged(f"{odd[0]}: not a regular file")
         return path
 
-    def _metadata(self, step: int, name: str):
+    def _metadata(self, step: int, name: str) -> Any:
         path = self._item(step, name)
         with _reading(path):
             tree = ocp.StandardCheckpointHandler().metadata(path).tree
@@ -255,12 +256,12 @@ class Checkpoints:
                 raise Damaged(f"{path}: cannot be read back: it says nothing of its arrays")
             return tree
 
-    def _restore(self, step: int, name: str, abstract, saved: checksums.Sums | None, finite: bool = False):
+    def _restore(self, step: int, name: str, abstract: Any, saved: checksums.Sums | None, finite: bool = False) -> Any:
         restored = _on_all_hosts(self.directory / str(step) / name, lambda: self._read(step, name, abstract))
         self._compare(step, name, restored, saved, finite)
         return restored
 
-    def _read(self, step: int, name: str, abstract):
+    def _read(self, step: int, name: str, abstract: Any) -> Any:
         item = self._item(step, name)
         stored, wanted = _shapes(self._metadata(step, name)), _shapes(abstract)
         for path in [*wanted, *stored]:
@@ -321,7 +322,7 @@ def _remove_unfinished(directory: Path) -> None:
                 shutil.rmtree(path)
 
 
-def _on_all_hosts(path: Path, read: Callable):
+def _on_all_hosts(path: Path, read: Callable[[], Any]) -> Any:
     """What `read` gives, where it succeeds on every host. Else all raise: what follows is collective."""
     problem, found = None, None
     try:
@@ -334,7 +335,7 @@ def _on_all_hosts(path: Path, read: Callable):
 
 
 @contextlib.contextmanager
-def _reading(path: Path):
+def _reading(path: Path) -> Iterator[None]:
     """Whatever a library says of files that it cannot make sense of is damage, and names where it was met."""
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_PatientLoops())
@@ -379,14 +380,7 @@ def _sum(document: Mapping) -> str:
     return files.checksum(json.dumps(json.loads(json.dumps(document)), sort_keys=True))  # as it is read back
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape. Lists and tuples, dicts and dataclasses read alike: the disk keeps names only."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"".join(f".{_key(part)}" for part in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _key(part) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return str(getattr(part, attribute))
-    return str(part)
+    return {f".{checksums.dotted(path)}" if path else "": tuple(leaf.shape) for path, leaf in leaves}

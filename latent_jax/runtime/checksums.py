@@ -2,12 +2,13 @@
 
 The words w_i of an array (its elements' bits in row-major order) give two sums modulo 2^32: of w_i, and of
 (2 i + 1) w_i. A change of one word changes both, since odd numbers have inverses; other damage stays unnoticed once in
-2^64. The second tells the order. Sums may be added in any order, so that shards on many devices need not come together.
+2^64. The second depends on the order. Terms may be added in any order, so shards on many devices stay where they are.
 """
 
 import concurrent.futures
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ _PIECE, _CHUNK = 1 << 24, 1 << 15  # words of a thread's turn, and of one numpy 
 _ODD = np.arange(1, 2 * _CHUNK + 1, 2, dtype=np.uint32)
 
 
-def of(tree) -> Sums:
+def of(tree: Any) -> Sums:
     """Dotted path -> the two sums, for a tree of jax or numpy arrays; of arrays on several hosts, all must ask."""
     return examined(tree)[0]
 
 
-def examined(tree) -> tuple[Sums, list[str]]:
+def examined(tree: Any) -> tuple[Sums, list[str]]:
     """As `of`, and the paths of arrays that hold something that is not finite: in the same pass."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     named = {dotted(path): leaf for path, leaf in leaves}
@@ -36,7 +37,7 @@ def examined(tree) -> tuple[Sums, list[str]]:
     return sums, [path for path in named if not found[path][2]]
 
 
-def _at_hand(leaf) -> bool:
+def _at_hand(leaf: Any) -> bool:
     """Whether numpy sees it without a copy to speak of: XLA's reductions on a CPU run at a tenth of its speed."""
     if not isinstance(leaf, jax.Array):
         return True
@@ -90,10 +91,10 @@ def _piece(words: np.ndarray, exponent: int | None, start: int) -> tuple[int, in
     return plain, odd, finite
 
 
-def dotted(path) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     """A key path of a tree as one name."""
     return ".".join(_key(part) for part in path)
 
 
-def _key(part) -> str:
+def _key(part: Any) -> str:
     return str(next(getattr(part, name) for name in ("key", "name", "idx") if hasattr(part, name)))

@@ -14,8 +14,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from latent_jax.errors import Stopped, UserError, one_line, os_error, say_line
 
@@ -146,7 +146,7 @@ def _end_where_swallowed(hook):
 class _Tolerant:
     """Standard error that never fails: a log disk that is full, or a reader that went away, must not end a run."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -159,9 +159,9 @@ class _Tolerant:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
 
-    def writelines(self, lines) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

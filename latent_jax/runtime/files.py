@@ -126,7 +126,7 @@ def checksum(data: bytes | str) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def as_json(value) -> str:
+def as_json(value: Any) -> str:
     """A JSON document for people too."""
     return json.dumps(value, indent=2) + "\n"
 

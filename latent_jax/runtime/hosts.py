@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,36 @@ _COLLECTIVE = re.compile(r"Gloo|NCCL|UNAVAILABLE|coordination service", re.IGNOR
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 
+@runtime_checkable
+class Settings(Protocol):
+    """The config's section `hosts`; this package does not import the config's."""
+
+    @property
+    def cluster(self) -> str: ...
+
+    @property
+    def coordinator(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def timeout(self) -> int: ...
+
+    @property
+    def start_timeout(self) -> int: ...
+
+
 def primary() -> bool:
     """Is this the host that writes what one host writes?"""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def joined(settings) -> Iterator[None]:
+def joined(settings: Settings) -> Iterator[None]:
     """Joins the hosts of this run, for as long as the block runs; alone, does nothing.
 
     `settings` is the config's section `hosts`. With several hosts an exception ends this process at once: with status 2
@@ -70,7 +93,7 @@ def joined(settings) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _several(settings) -> bool:
+def _several(settings: Settings) -> bool:
     if settings.cluster == "auto":
         counts = [_count(name) for name in _COUNTS]
         return bool(settings.coordinator) or max(counts) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -86,7 +109,7 @@ def _count(name: str) -> int:
     return int(found)
 
 
-def _initialise(settings) -> tuple[int, int]:
+def _initialise(settings: Settings) -> tuple[int, int]:
     """(this host, how many), from the coordination service: jax.process_index() would start the backend."""
     given = {"heartbeat_timeout_seconds": settings.timeout, "shutdown_timeout_seconds": _FAREWELL}
     if settings.coordinator:
@@ -120,7 +143,7 @@ def _initialise(settings) -> tuple[int, int]:
     return _service().process_id, _service().num_processes
 
 
-def _nobody_came(settings) -> NoReturn:
+def _nobody_came(settings: Settings) -> NoReturn:
     of = f" of {settings.count} at {settings.coordinator}" if settings.coordinator else ""
     say_line(
         f"error: config.hosts: the hosts{of} did not find each other within {settings.start_timeout} s "
@@ -150,7 +173,7 @@ def _end(problem: BaseException, where: str, herald: "_Herald") -> NoReturn:
     sys.stderr.flush()
     herald.dismiss()
     with contextlib.suppress(Exception):
-        # Where all hosts met the same error they leave together; otherwise the others are told after this time.
+        # Where all hosts met the same error they leave together; otherwise the others are notified after this time.
         _service().client.wait_at_barrier("latent_jax: an early end", timeout_in_ms=_FAREWELL * 1000)
         jax.distributed.shutdown()
     os._exit(status if isinstance(status, int) else 1)
@@ -161,14 +184,20 @@ def _speaks_of_a_lost_host(problem: BaseException) -> bool:
     return isinstance(problem, jax.errors.JaxRuntimeError) or bool(_COLLECTIVE.search(str(problem)))
 
 
-def _service():
+def _service() -> Any:
     from jax._src import distributed  # jax has no public way to a barrier that needs no device
 
     return distributed.global_state
 
 
 class _Herald:
-    """A child that outlives a process which has no chance to speak (jax ends it from C++; SIGKILL), and says a line."""
+    """A child that prints one line if this process ends without dismissing it.
+
+    A shell per host, because nothing smaller covers both endings that it is for: jax ends the process from C++ when
+    another host is lost, and a scheduler ends it with SIGKILL. Neither runs `atexit` or a signal handler. Only a
+    process outside sees the pipe close, and a scheduler's log does not name the host or how to go on. It sleeps in
+    `read` for the whole run, and is a shell rather than a fork: jax's threads would not survive a fork.
+    """
 
     def __init__(self, line: str):
         script = 'read -r word; [ "$word" = dismissed ] || printf "%s\\n" "$1" >&2'

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from latent_jax.errors import UserError
 from latent_jax.runtime import files
@@ -49,10 +50,10 @@ class Metrics:
         if tensorboard:
             self._events = EventWriter(workdir, resume_step + 1 if resume_step else 0)
 
-    def __enter__(self):
+    def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def due(self, step: int) -> bool:
@@ -117,6 +118,6 @@ def read(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
-def _plain(value):
+def _plain(value: Any) -> int | float | str | None:
     number = value if isinstance(value, (int, str)) else float(value)
     return number if not isinstance(number, float) or math.isfinite(number) else None

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ class Progress:
         total: int,
         first: int = 0,
         enabled: bool = True,
-        stream=None,
+        stream: Any = None,
         unit: str = "step",
         mute: bool = False,
         title: str = "",
@@ -56,10 +57,10 @@ class Progress:
             else None
         )
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, step: int, values: Mapping) -> None:

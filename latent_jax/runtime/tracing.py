@@ -1,6 +1,7 @@
 """A trace of some steps of a run, for TensorBoard's profiler or Perfetto."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,10 +12,10 @@ class Tracing:
     def __init__(self, steps: range, directory: Path):
         self._steps, self._directory, self._running = steps, directory, False
 
-    def __enter__(self):
+    def __enter__(self) -> "Tracing":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def before(self, step: int) -> None:
@@ -23,7 +24,7 @@ class Tracing:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
 
-    def after(self, step: int, results) -> None:
+    def after(self, step: int, results: Any) -> None:
         """Ends with the last of them, once the device has its `results`."""
         if self._running and step + 1 not in self._steps:
             jax.block_until_ready(results)

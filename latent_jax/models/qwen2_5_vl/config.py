@@ -35,7 +35,7 @@ class VisionConfig:
     in_channels: int = dataclasses.field(default=3, metadata=dict(choices=(3,)))
     tokens_per_second: float = _number(above=0, high=10**6, default=4.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise UserError(
                 f"vision_config: hidden_size {self.hidden_size} over num_heads {self.num_heads} must give "
@@ -78,7 +78,7 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = _number(0, 2**12)
     tie_word_embeddings: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -102,7 +102,7 @@ class ModelConfig:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise UserError(
                 f"vision_config.out_hidden_size is {self.vision.out_hidden_size}, expected the language model's "

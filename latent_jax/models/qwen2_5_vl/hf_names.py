@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from math import prod
 
+import numpy as np
+
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
 
@@ -42,11 +44,11 @@ class Weight:
         """Shape of each published tensor."""
         return _shape(self.theirs, _sizes(self.path, config))
 
-    def to_ours(self, tensor, config: ModelConfig):
+    def to_ours(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
         """A published tensor (NumPy or JAX) in our axis order, without L. NumPy gives a view wherever one exists."""
         return _relayout(tensor, self.theirs, self.ours, _sizes(self.path, config))
 
-    def to_published(self, tensor, config: ModelConfig):
+    def to_published(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
         """The inverse of `to_ours`: one layer of our weight in the published axis order."""
         return _relayout(tensor, self.ours, self.theirs, _sizes(self.path, config))
 
@@ -178,7 +180,7 @@ def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(prod(sizes[letter] for letter in group) for group in _groups(axes))
 
 
-def _relayout(tensor, source: str, target: str, sizes: dict[str, int]):
+def _relayout(tensor: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
     """Splits the source's flattened axes, reorders all axes, flattens those that the target flattens."""
     have = [letter for group in _groups(source) for letter in group]
     want = [letter for group in _groups(target) for letter in group]

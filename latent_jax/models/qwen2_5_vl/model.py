@@ -1,5 +1,7 @@
 """Qwen2.5-VL: the vision tower, the language model, and how visual tokens enter its input."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -9,6 +11,9 @@ from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.text import TextDecoder
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.ops import partition
+
+# Merged visual tokens (the language model's D is the tower's O), patch features before the merger, block outputs.
+Encoded = tuple[Float[Array, "G M O"], Float[Array, "G P D"], Float[Array, "L G P D"] | None]
 
 
 class Qwen2_5_VL(nnx.Module):
@@ -25,7 +30,7 @@ class Qwen2_5_VL(nnx.Module):
         self.vision = VisionTower(config.vision, rngs, dtype)
         self.text = TextDecoder(config.text, rngs, dtype)
 
-    def encode(self, batch: dict[str, Array], *, image_patches: int, **options):
+    def encode(self, batch: dict[str, Array], *, image_patches: int, **options: Any) -> Encoded:
         """Encodes a group-packed batch's images; see VisionTower for what comes back."""
         return encode(self.vision, self.config, batch, image_patches=image_patches, **options)
 
@@ -49,8 +54,10 @@ class Qwen2_5_VL(nnx.Module):
         given = jnp.take_along_axis(features.astype(x.dtype), flat, axis=1).reshape(x.shape)
         return jnp.where(feature_index[..., None] >= 0, given, x)
 
-    def decode(self, x: Float[Array, "G B T D"], batch: dict[str, Array], **options):
-        """Final hidden states of packed rows, (G, B, T, D), and every layer's (L, G, B, T, D) when collected."""
+    def decode(
+        self, x: Float[Array, "G B T D"], batch: dict[str, Array], **options: Any
+    ) -> tuple[Float[Array, "G B T D"], Float[Array, "L G B T D"] | None]:
+        """Final hidden states of packed rows, and every layer's with `collect`; options as TextDecoder takes them."""
         G, B, T, D = x.shape
         names = ("positions", "segment_ids", "view_ids", *(("hidden", "late") if "hidden" in batch else ()))
         rows = (batch[k].reshape(G * B, *batch[k].shape[2:]) for k in names)
@@ -62,7 +69,9 @@ class Qwen2_5_VL(nnx.Module):
         return jnp.einsum("...D,VD->...V", hidden, self.text.head, preferred_element_type=jnp.float32)
 
 
-def encode(vision: VisionTower, config: ModelConfig, batch: dict[str, Array], *, image_patches: int, **options):
+def encode(
+    vision: VisionTower, config: ModelConfig, batch: dict[str, Array], *, image_patches: int, **options: Any
+) -> Encoded:
     """`Qwen2_5_VL.encode` with the vision tower alone."""
     G, P, _ = batch["patches"].shape
     if not P:  # a batch without room for images: the tower is not run at all

@@ -39,7 +39,9 @@ class TextBlock(nnx.Module):
         self.up = declare.normal("L D F", "D")
         self.down = declare.normal("L F D", "F", depth)
 
-    def qkv(self, x: Float[Array, "R T D"], angles: Float[Array, "R T I"]):
+    def qkv(
+        self, x: Float[Array, "R T D"], angles: Float[Array, "R T I"]
+    ) -> tuple[Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]]:
         """Queries, keys (both rotated) and values of this layer's normalised input."""
         y = rms_norm(x, self.attn_norm[...], self.eps)
         q = self.multiply("RTD,DNH->RTNH", y, "q") + self.q_bias[...]

@@ -158,7 +158,9 @@ class VisionTower(nnx.Module):
         layers = layers.reshape(self.config.depth, *x.shape) if collect else None
         return self.merger(x), x, layers
 
-    def embed(self, patches: UInt8[Array, "G P c"], mean, std) -> Float[Array, "G P D"]:
+    def embed(
+        self, patches: UInt8[Array, "G P c"], mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Float[Array, "G P D"]:
         """Normalises and projects. A still shows every temporal kernel the same frame: their sum is applied once."""
         G, P, c = patches.shape
         kernel = self.patch[...]
