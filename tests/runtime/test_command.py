@@ -171,7 +171,7 @@ def test_a_command_is_spared_what_libraries_say_of_themselves(monkeypatch):
         "jax.jit(lambda x: jax.numpy.tanh(x @ x) @ x @ x, compiler_options=options)(wide).block_until_ready()\n"
         "logging.get_logger('transformers').warning_advice('no torch')\n"
     )
-    begun = "import latent_jax.command as c; c.begin_command()\n" + program
+    begun = "import latent_jax.runtime.command as c; c.begin_command()\n" + program
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
