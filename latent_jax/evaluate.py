@@ -95,9 +95,8 @@ def _run(
         # -------------------------------------------------------- what it replied
         started = time.monotonic()
         if left and backend:
-            show = functools.partial(
-                conversations, source=data.source, scoring=scoring, imagine=bool(config.evaluate.imagine)
-            )
+            imagine = bool(config.evaluate.imagine) and getattr(backend.vlm, "thinks", True)
+            show = functools.partial(conversations, source=data.source, scoring=scoring, imagine=imagine)
             answer = backend.answer
             send = lambda items: answer(show(items), tokens)  # noqa: E731
             if config.evaluate.latents != "own":
@@ -139,8 +138,8 @@ def _run(
         progress.say(line)
     if config.evaluate.interventions:
         vlm, interventions = (open_backend or load_ours)(config).vlm, _interventions()
-        shown = conversations(interventions.spread(items), data.source, scoring, True)
-        latents = interventions.geometry(vlm, shown)
+        shown = conversations(interventions.spread(items), data.source, scoring, vlm.thinks)
+        latents = interventions.geometry(vlm, shown, tokens)
         interventions.run(config, directory, latents, functools.partial(run, open_backend=open_backend))
     return found
 
@@ -250,7 +249,7 @@ def notes(
 def load_ours(config: Evaluation) -> Backend:
     """The model of `config.model.path` behind the facade, with the config's pixel limits."""
     vlm = _load(config.model.path, None if config.model.dtype == "auto" else config.model.dtype)
-    if config.evaluate.imagine and not vlm.thinks:
+    if config.evaluate.imagine and not (vlm.thinks or vlm.writes):
         raise answering.no_head(vlm.name)
     limits = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config.data, key))}
     processor = dataclasses.replace(vlm.processor, image=dataclasses.replace(vlm.processor.image, **limits))
@@ -263,7 +262,8 @@ def load_ours(config: Evaluation) -> Backend:
     }
 
     def answer(conversations: Sequence[list[dict]], tokens: int) -> list[str]:
-        return vlm.generate(conversations, tokens, seed=config.seed)
+        shut = [()] * len(conversations) if vlm.writes and not config.evaluate.imagine else None
+        return answering.replies(vlm, conversations, tokens, spans=shut, seed=config.seed)
 
     return Backend(answer, settings, vlm)
 
@@ -350,6 +350,7 @@ def results(
         "prompt": config.evaluate.prompt or benchmark.PROMPT[scorer],
         "imagine": config.evaluate.imagine,
         "latents": config.evaluate.latents if config.evaluate.imagine else None,
+        **_spans(rows),
         "min_pixels": settings["min_pixels"],
         "max_pixels": settings["max_pixels"],
         "decoding": {
@@ -361,6 +362,22 @@ def results(
         "backend": settings,
         "versions": provenance.versions(),
         "git_commit": provenance.git_commit(),
+    }
+
+
+def _spans(rows: Sequence[ScoredItem]) -> dict:
+    """{"spans": shares of replies that opened no span of latents, and that did not close one}; {} without any."""
+    counts = [row.spans for row in rows if row.spans]
+    if not counts:
+        return {}
+    opened = sum(count for count, _ in counts)
+    return {
+        "spans": {
+            "replies": len(counts),
+            "opened": opened,
+            "never_opened": sum(not count for count, _ in counts) / len(counts),
+            "never_closed": sum(closed < count for count, closed in counts) / len(counts),
+        }
     }
 
 
@@ -385,6 +402,12 @@ def table(found: dict, directory: Path) -> list[str]:
         lines.append(
             f"  {found['skipped']['count']} questions could not be asked: {found['skipped_as_wrong']} of them count as "
             "wrong, the others have no question or answer to count"
+        )
+    if "spans" in found:
+        spans = found["spans"]
+        lines.append(
+            f"  latents inside replies: {100 * spans['never_opened']:.1f} % of replies open no span, "
+            f"{100 * spans['never_closed']:.1f} % leave one open"
         )
     return [title, *lines, f"{found['unparsed']} replies without an answer; {directory / RESULTS}"]
 

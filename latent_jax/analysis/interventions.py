@@ -5,11 +5,12 @@ What is put there are arrays of input embeddings, built here, whatever method ma
 """
 
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,25 +19,17 @@ from latent_jax.analysis.geometry import pairwise_cosine
 from latent_jax.benchmarks.items import Item
 from latent_jax.config.evaluation import LATENTS, Evaluation
 from latent_jax.errors import UserError
+from latent_jax.evaluation.answering import replies
 from latent_jax.evaluation.paired import compare
 from latent_jax.inference.prompts import Thought
 from latent_jax.runtime import files
 
+if TYPE_CHECKING:
+    from latent_jax.inference.vlm import VLM
+
 SAMPLE = 256  # questions whose latents are looked at, spread over all
 BATCH = 32
 _TRIED = 8  # questions after a donor that cannot be shown, before its taker is skipped
-
-
-@runtime_checkable
-class Thinker(Protocol):
-    """What an intervention needs of inference.vlm.VLM."""
-
-    @property
-    def model(self) -> Any: ...
-
-    def think(self, conversations: Sequence[Sequence[dict]]) -> list[list[Thought]]: ...
-
-    def generate(self, conversations: Any, max_new_tokens: int, *, thoughts: Any = None) -> list[str]: ...
 
 
 def run(config: Evaluation, directory: Path, latents: Mapping[str, float], evaluate: Callable) -> dict:
@@ -46,6 +39,10 @@ def run(config: Evaluation, directory: Path, latents: Mapping[str, float], evalu
     Returns {"latents", "own": percent, "interventions": {name: compare's numbers, own as a}}. All of it resumes.
     """
     found: dict = {"latents": dict(latents), "interventions": {}}
+    if not latents["count"]:  # nothing to replace
+        files.write_text(directory / "interventions.json", json.dumps(found, indent=2) + "\n")
+        print("no reply to a sample of the questions has latents: there is nothing to replace")
+        return found
     for name in [name for name in LATENTS[1:] if name != "donor" or config.evaluate.donors]:
         donors = config.evaluate.donors if name == "donor" else ""
         settings = dataclasses.replace(config.evaluate, latents=name, interventions=False, donors=donors)
@@ -58,60 +55,114 @@ def run(config: Evaluation, directory: Path, latents: Mapping[str, float], evalu
     return found
 
 
+class Latents(NamedTuple):
+    """The latents of one answer: of the imagine parts before it and of the spans inside it, with how many spans were
+    opened and closed."""
+
+    before: list[Thought]
+    inside: list[Thought]
+    opened: int = 0
+    closed: int = 0
+
+
 class Moments(NamedTuple):
-    """Of the thoughts of a sample of questions, as inputs: the mean of every slot, the deviation of every channel of a
-    slot around it."""
+    """Of the inputs of a sample of thoughts: the mean of every slot, the deviation of every channel of a slot around
+    it. Where thoughts have different sizes, of all slots together (M = 1)."""
 
     mean: Float[np.ndarray, "M D"]
     deviation: Float[np.ndarray, "M D"]
 
 
-def moments(vlm: Thinker, conversations: Sequence[list[dict]]) -> Moments:
-    """Measured on what the model thinks in these conversations, one imagine part each."""
-    inputs = np.stack([own.inputs for own in _sample(vlm, conversations)]).astype(np.float64)
-    return Moments(inputs.mean(0).astype(np.float32), inputs.std(0).astype(np.float32))
+def observed(vlm: "VLM", conversations: Sequence[list[dict]], tokens: int) -> list[Latents]:
+    """The model's own latents in these conversations and in its answers of at most `tokens` words."""
+    before = vlm.think(conversations)
+    if not vlm.writes:
+        return [Latents(list(own), []) for own in before]
+    given = [[thought.inputs for thought in own] for own in before]
+    replies = vlm.reply(conversations, tokens + vlm.span_room, thoughts=given, keep=True)
+    return [
+        Latents(list(own), [span for span in reply.spans if len(span.inputs)], reply.opened, reply.closed)
+        for own, reply in zip(before, replies, strict=True)
+    ]
+
+
+def moments(thoughts: Sequence[Thought]) -> Moments | None:
+    """Of a sample; None of none."""
+    if not thoughts:
+        return None
+    inputs = [np.asarray(thought.inputs, np.float64) for thought in thoughts]
+    whole = len({each.shape for each in inputs}) == 1
+    stacked = np.stack(inputs) if whole else np.concatenate(inputs)[:, None]
+    return Moments(stacked.mean(0).astype(np.float32), stacked.std(0).astype(np.float32))
 
 
 def sender(
     config: Evaluation,
-    vlm: Thinker,
+    vlm: "VLM",
     items: Sequence[Item],
     show: Callable[[Sequence[Item]], list[list[dict]]],
     tokens: int,
 ) -> Callable[[Sequence[Item]], list[str]]:
     """Items -> the replies to them with `config.evaluate.latents` in the place of their latents.
 
-    items: all questions of the split, of which donors are taken. show: items -> conversations that ask for latents.
-    A question's replacement depends on the split, the seed and the question itself, never on its batch. A donor that
-    cannot be shown gives way to the next question that can.
+    items: all questions of the split, of which donors are taken. show: items -> conversations, with imagine parts where
+    the model thinks before it answers. A question's replacement depends on the split, the seed and the question itself,
+    never on its batch. A donor that cannot be shown gives way to the next question that can.
     """
     name, seed = config.evaluate.latents, config.seed
     partners = donors(config, items) if name in ("shuffled", "donor") else {}
-    known = moments(vlm, show(spread(items))) if name in ("mean", "noise") else None
+    known: tuple[Moments | None, Moments | None] = (None, None)
+    if name in ("mean", "noise"):
+        sample = _sample(vlm, show(spread(items)), tokens)
+        known = (
+            moments([thought for own in sample for thought in own.before]),
+            moments([thought for own in sample for thought in own.inside]),
+        )
     places = {item.id: place for place, item in enumerate(items)}
 
-    def donated(batch: Sequence[Item]) -> list[Thought]:
+    def lent(batch: Sequence[Item]) -> list[Latents]:
         first = [partners[item.id] for item in batch]
-        found = _thoughts(vlm, show(first))
-        for number, (thought, donor) in enumerate(zip(found, first, strict=True)):
+        found = []
+        for item, donor, own in zip(batch, first, _observed(vlm, show(first), tokens), strict=True):
             after = (items[(places[donor.id] + more) % len(items)] for more in range(1, _TRIED + 1))
-            found[number] = thought or next(filter(None, (_thoughts(vlm, show([other]))[0] for other in after)), None)
-        if None in found:
-            raise UserError(f"question {batch[found.index(None)].id!r:.100}: no donor of latents can be shown")
+            tried = itertools.chain([own], (_observed(vlm, show([other]), tokens)[0] for other in after))
+            chosen = next((each for each in tried if each and _any(vlm, each)), None)
+            if chosen is None and _any(vlm, observed(vlm, show([item]), tokens)[0]):
+                raise UserError(f"question {item.id!r:.100}: no donor of latents can be shown")
+            found.append(chosen or Latents([], []))
         return found
 
     def send(batch: Sequence[Item]) -> list[str]:
         shown = show(batch)
         if name == "none":
-            given = [() for _ in batch]
-        elif partners:
-            given = [[thought.inputs] for thought in donated(batch)]
+            empty: list[tuple] = [()] * len(batch)
+            return replies(vlm, shown, tokens, thoughts=empty, spans=empty if vlm.writes else None, seed=seed)
+        if partners:
+            given = [tuple([each.inputs for each in some] for some in (own.before, own.inside)) for own in lent(batch)]
         else:
-            own = vlm.think(shown)
-            given = [[replaced(name, one.inputs, known, seed) for one in thoughts] for thoughts in own]
-        return vlm.generate(shown, tokens, thoughts=given)
+            given = [
+                tuple(
+                    [replaced(name, each.inputs, moment, seed) for each in some]
+                    for some, moment in zip((own.before, own.inside), known, strict=True)
+                )
+                for own in observed(vlm, shown, tokens)
+            ]
+        # Of a donor's span of another size, latents at the same share of it; one that was cut short is drawn out.
+        sizes = vlm.span_counts(shown) if vlm.writes else [0] * len(batch)
+        inside = [some for _, some in given]
+        spans = [[_stretched(each, size) for each in some] or None for some, size in zip(inside, sizes, strict=True)]
+        thoughts = [before for before, _ in given]
+        return replies(vlm, shown, tokens, thoughts=thoughts, spans=spans if vlm.writes else None, seed=seed)
 
     return send
+
+
+def _any(vlm: "VLM", own: Latents) -> bool:
+    return bool(own.inside if vlm.writes else own.before)
+
+
+def _stretched(inputs: Float[np.ndarray, "M D"], size: int) -> Float[np.ndarray, "X D"]:
+    return inputs if len(inputs) == size else inputs[np.arange(size) * len(inputs) // size]
 
 
 def replaced(name: str, own: Float[np.ndarray, "M D"], known: Moments | None, seed: int) -> Float[np.ndarray, "M D"]:
@@ -123,7 +174,7 @@ def replaced(name: str, own: Float[np.ndarray, "M D"], known: Moments | None, se
     if name == "zero":
         return np.zeros_like(own)
     if name == "mean":
-        return known.mean.astype(own.dtype)
+        return np.broadcast_to(known.mean, own.shape).astype(own.dtype)
     rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(own).view(np.uint8))])
     if name == "noise":
         return (known.mean + known.deviation * rng.standard_normal(own.shape, np.float32)).astype(own.dtype)
@@ -157,20 +208,29 @@ def spread(items: Sequence[Item]) -> list[Item]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
-def geometry(vlm: Thinker, conversations: Sequence[list[dict]]) -> dict[str, float]:
-    """Of the latents that are predicted in conversations: how alike those of different ones are (cosine of all slots
-    together; as they are, and less their mean), their norm (over that of the dataset's true ones too, where the head
-    knows it), and the shares of latent spans that are never opened or closed (the prompt does both, so none)."""
-    latents = np.stack([own.latents for own in _sample(vlm, conversations)]).astype(np.float64)
-    norm, head = np.sqrt((latents**2).sum(-1).mean()), vlm.model.head
-    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
-    found = {
-        "count": len(latents),
+def geometry(vlm: "VLM", conversations: Sequence[list[dict]], tokens: int) -> dict[str, float]:
+    """Of the latents before or inside the answers to these conversations: how alike those of different ones are (cosine
+    of all slots together; as they are, and less their mean), their norm (over that of the dataset's true ones too,
+    where the head knows it), and the shares of answers that open no span of latents, or leave one open (0 where latents
+    are asked for in the prompt)."""
+    sample = _sample(vlm, conversations, tokens)
+    first = [(own.inside or own.before)[:1] for own in sample]
+    found: dict[str, float] = {
+        "count": sum(map(len, first)),
+        "never_opened": sum(not own.opened for own in sample) / len(sample) if vlm.writes else 0.0,
+        "never_closed": sum(own.closed < own.opened for own in sample) / len(sample),
+    }
+    arrays = [each.latents.astype(np.float64) for some in first for each in some]
+    if len(arrays) < 2:
+        return found
+    whole = len({each.shape for each in arrays}) == 1
+    latents = np.stack(arrays if whole else [each.mean(0, keepdims=True) for each in arrays])
+    norm, head = np.sqrt(np.mean([(each**2).sum(-1).mean() for each in arrays])), vlm.model.head
+    flat = lambda x: x.reshape(len(x), -1)
+    found |= {
         "pairwise_cosine": pairwise_cosine(flat(latents)),
         "pairwise_cosine_centred": pairwise_cosine(flat(latents - latents.mean(0))),
         "norm": float(norm),
-        "never_opened": 0.0,
-        "never_closed": 0.0,
     }
     if hasattr(head, "mean") and hasattr(head, "scale"):
         mean, scale = (np.asarray(array[...], np.float64) for array in (head.mean, head.scale))
@@ -178,35 +238,36 @@ def geometry(vlm: Thinker, conversations: Sequence[list[dict]]) -> dict[str, flo
     return found
 
 
-def _sample(vlm: Thinker, conversations: Sequence[list[dict]]) -> list[Thought]:
-    """What the model thinks in those that can be shown. Raises UserError where none can."""
-    found = [thought for thought in _thoughts(vlm, conversations) if thought is not None]
+def _sample(vlm: "VLM", conversations: Sequence[list[dict]], tokens: int) -> list[Latents]:
+    """The latents of those that can be shown. Raises UserError where none can."""
+    found = [own for own in _observed(vlm, conversations, tokens) if own is not None]
     if not found:
         raise UserError(f"none of {len(conversations)} questions can be shown, so nothing is known of their latents")
     return found
 
 
-def _thoughts(vlm: Thinker, conversations: Sequence[list[dict]]) -> list[Thought | None]:
-    """The one thought of each conversation; None for one that cannot be shown, such as one with a broken image."""
-    found = []
+def _observed(vlm: "VLM", conversations: Sequence[list[dict]], tokens: int) -> list[Latents | None]:
+    """As `observed`, in batches; None for a conversation that cannot be shown, such as one with a broken image."""
+    found: list[Latents | None] = []
     for at in range(0, len(conversations), BATCH):
         batch = conversations[at : at + BATCH]
         try:
-            found += [thought for (thought,) in vlm.think(batch)]
+            found += observed(vlm, batch, tokens)
         except UserError:
-            found += [None] if len(batch) == 1 else [_thoughts(vlm, [each])[0] for each in batch]
+            found += [None] if len(batch) == 1 else [_observed(vlm, [each], tokens)[0] for each in batch]
     return found
 
 
 def table(found: dict) -> list[str]:
     """For people."""
     latents = found["latents"]
-    ratio = (
-        f" over the true ones' {latents['norm_ratio']:.3f}" if "norm_ratio" in latents else f" {latents['norm']:.3g}"
-    )
-    lines = [
-        f"latents of {latents['count']} questions: cosine between questions {latents['pairwise_cosine']:.3f} "
-        f"(centred {latents['pairwise_cosine_centred']:.3f}), norm{ratio}",
+    lines = [f"latents of {latents['count']} questions{_geometry_words(latents)}"]
+    if latents["never_opened"] or latents["never_closed"]:
+        lines.append(
+            f"{100 * latents['never_opened']:.1f} % of their replies open no span, "
+            f"{100 * latents['never_closed']:.1f} % leave one open"
+        )
+    lines += [
         f"in the latents' place   correct   less own (95 % interval)        p (own: {found['own']:.2f} %)",
     ]
     for name, result in found["interventions"].items():
@@ -214,3 +275,15 @@ def table(found: dict) -> list[str]:
         interval = f"{result['difference']:+.2f} ({result['low']:+.2f} to {result['high']:+.2f})"
         lines.append(f"  {name:<20} {result['b']:8.2f}   {interval:<30}  {p:.3g}")
     return lines
+
+
+def _geometry_words(latents: Mapping[str, float]) -> str:
+    if "norm" not in latents:  # fewer than two
+        return ""
+    ratio = (
+        f" over the true ones' {latents['norm_ratio']:.3f}" if "norm_ratio" in latents else f" {latents['norm']:.3g}"
+    )
+    return (
+        f": cosine between questions {latents['pairwise_cosine']:.3f} "
+        f"(centred {latents['pairwise_cosine_centred']:.3f}), norm{ratio}"
+    )

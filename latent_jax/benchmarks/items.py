@@ -25,6 +25,17 @@ class Item:
     cluster: str
 
 
+class Reply(str):
+    """The text of a reply in which a model may write latents, with the spans of them that it opened and closed."""
+
+    spans: tuple[int, int]
+
+    def __new__(cls, text: str, opened: int, closed: int) -> "Reply":
+        reply = super().__new__(cls, text)
+        reply.spans = opened, closed
+        return reply
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoredItem:
     """A question with the reply to it and its score; `correct` is None where the answer is hidden."""
@@ -34,6 +45,7 @@ class ScoredItem:
     parsed: str | None
     correct: bool | None
     skipped: str = ""  # why it was not asked: then it has no reply and counts as wrong
+    spans: tuple[int, int] | None = None  # of latents, that the reply opened and closed; None: a model without any
 
     @property
     def right(self) -> bool:

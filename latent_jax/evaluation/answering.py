@@ -6,12 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from latent_jax.benchmarks.items import Item, ScoredItem, check_text
+from latent_jax.benchmarks.items import Item, Reply, ScoredItem, check_text
 from latent_jax.config import evaluation
 from latent_jax.config.evaluation import Evaluation
 from latent_jax.errors import UserError, one_line
 from latent_jax.evaluation.predictions import Scoring
+
+if TYPE_CHECKING:
+    from latent_jax.inference.vlm import VLM
 
 Send = Callable[[Sequence[Item]], Sequence[str]]  # questions -> the replies to them, in their order
 _PIECE = 8 * 2**20
@@ -102,9 +106,9 @@ def _as_made(path: str) -> tuple[bool, list[str]]:
     name = thinking(path)
     if name is None:  # a hub's model with a head: its settings tell, and it is downloaded anyway
         name = thinking(str(hf_io.resolve(path)))
-    think = methods.find(name).think if name else None
-    if think is None or think.answers:
-        return think is not None, []
+    method = methods.find(name) if name else None
+    if method is None or method.span or (method.think and method.think.answers):
+        return method is not None, []
     return False, [
         f"no latents are asked for: the method {name} was not made to answer over them; "
         "--config.evaluate.imagine=true asks"
@@ -118,7 +122,8 @@ def no_head(model: str) -> UserError:
 
 
 def thinking(path: str) -> str | None:
-    """The method that thinks in the model of `config.model.path`, "" where none does, None where only loading tells."""
+    """The method of the model of `config.model.path` where it has latents at inference, before answers or inside; ""
+    where it has none, None where only loading tells."""
     from latent_jax import methods
     from latent_jax.assets import TINY_VL
     from latent_jax.config import schema
@@ -138,7 +143,8 @@ def thinking(path: str) -> str | None:
         name = latent_config.settings(read_json(file), str(file)).method
     else:
         return "" if _on_hub(path, hf_io.LATENT_CONFIG) is False else None
-    return name if methods.find(name).think else ""
+    method = methods.find(name)
+    return name if method.think or method.span else ""
 
 
 def _on_hub(model: str, file: str) -> bool | None:
@@ -188,6 +194,23 @@ def _read_files(path: str) -> tuple[Path, int | None, list[Path]]:
         root = hf_io.resolve(path or TINY_VL)
         files = [file for file in root.iterdir() if file.suffix in _KINDS and file.is_file() and file.name != sums.FILE]
     return Path(root), step, sorted(file for file in files if file.name not in _UNREAD)
+
+
+def replies(
+    vlm: "VLM",
+    conversations: Sequence[list[dict]],
+    tokens: int,
+    *,
+    thoughts: Any = None,
+    spans: Any = None,
+    seed: int = 0,
+) -> list[str]:
+    """Replies of at most `tokens` words each; latents inside a reply are counted in it (items.Reply) and do not count
+    against its length. `thoughts` and `spans` as in VLM.reply."""
+    if not vlm.writes:
+        return vlm.generate(conversations, tokens, thoughts=thoughts, seed=seed)
+    found = vlm.reply(conversations, tokens + vlm.span_room, thoughts=thoughts, spans=spans, seed=seed)
+    return [Reply(vlm.words(reply, tokens), reply.opened, reply.closed) for reply in found]
 
 
 def too_many(config: Evaluation, name: str, rows: Sequence[ScoredItem], skipped: int, count: int) -> None:

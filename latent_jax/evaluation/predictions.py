@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from latent_jax.benchmarks.items import Item, ScoredItem
-from latent_jax.config.fields import shown
+from latent_jax.benchmarks.items import Item, Reply, ScoredItem
+from latent_jax.config.fields import check, shown
 from latent_jax.errors import UserError
 from latent_jax.runtime import files
 
 PREDICTIONS, RESULTS = "predictions.jsonl", "results.json"
 _ENOUGH = 20  # scored questions, before a score near zero says something
 _UNSEALED = ("throughput", "git_commit", "checksum")
-_KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "skipped"}
+_KEYS = {"id", "prompt", "reply", "parsed", "answer", "correct", "cluster", "skipped", "spans"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Scoring:
         parsed = self.benchmark.parse(reply, item.question, self.scorer)
         hidden = self.benchmark.answer(item.question) is None
         correct = None if hidden else self.benchmark.correct(parsed, item.question, self.scorer)
-        return ScoredItem(item, reply, parsed, correct)
+        return ScoredItem(item, reply, parsed, correct, spans=getattr(reply, "spans", None))
 
     def skip(self, item: Item, why: str) -> ScoredItem:
         """A question that could not be asked: wrong, where its answer is known."""
@@ -58,6 +58,7 @@ class Scoring:
             "correct": row.correct,
             "cluster": row.item.cluster,
             **({"skipped": row.skipped} if row.skipped else {}),
+            **({"spans": list(row.spans)} if row.spans else {}),
         }
 
     def text(self, row: ScoredItem) -> str:
@@ -85,7 +86,7 @@ def resume(path: Path, items: Sequence[Item], scoring: Scoring) -> dict[str, Sco
         if item.id in rows:
             raise _second(where, item.id)
         why = found.get("skipped")
-        row = scoring.skip(item, why) if why else scoring.judge(item, found["reply"])
+        row = scoring.skip(item, why) if why else scoring.judge(item, _reply(found, where))
         for key, now in scoring.line(row).items():
             if found.get(key) != now:
                 raise UserError(
@@ -191,6 +192,16 @@ def _line(line: bytes, where: str) -> tuple[dict, bool]:
     # Lines of before 2026-12 have no sum; all that they hold but the reply is checked against the question.
     summed, expected = "sum" in found, found.pop("sum", None)
     return found, (not summed or expected == _sum(found)) and found.keys() <= _KEYS
+
+
+def _reply(found: dict, where: str) -> str:
+    """The reply of a line, with the spans that it counts."""
+    if "spans" not in found:
+        return found["reply"]
+    spans = check(f"{where}: spans", found["spans"], tuple[int, ...], dict(low=0))
+    if len(spans) != 2 or spans[1] > spans[0]:
+        raise UserError(f"{where}: spans is {shown(found['spans'])}, expected how many were opened and closed")
+    return Reply(found["reply"], *spans)
 
 
 def digest(path: Path) -> str:

@@ -201,6 +201,22 @@ def kept(state: State, rows: Rows, chosen: np.ndarray, owner: np.ndarray) -> dic
     return found
 
 
+def room(writing: Writing) -> int:
+    """Tokens that the latents and marks of an answer's kept spans take."""
+    return writing.span.kept * (writing.span.most(writing.config) + 2)
+
+
+def words(config: ModelConfig, tokens: Sequence[int]) -> list[int]:
+    """The tokens of an answer outside of its spans."""
+    found, inside = [], False
+    for token in tokens:
+        inside = inside or token == config.vision_start_token_id
+        if not inside:
+            found.append(token)
+        inside = inside and token != config.vision_end_token_id
+    return found
+
+
 def counted(config: ModelConfig, tokens: Sequence[int]) -> tuple[int, int]:
     """(spans that an answer opened, spans of these that it closed)."""
     opened = closed = 0

@@ -18,11 +18,11 @@ from latent_jax.assets import TINY_VL
 from latent_jax.config.fields import check, shown
 from latent_jax.config.training import Config as RunConfig
 from latent_jax.data.chat import Processor
-from latent_jax.data.layout import Image, Layout
+from latent_jax.data.layout import Image, Layout, Slots
 from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.errors import UserError
 from latent_jax.inference import batches, decode, prompts
-from latent_jax.inference.spans import Given, Writing, counted
+from latent_jax.inference.spans import Given, Writing, counted, room, words
 from latent_jax.methods.contract import Batch
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentVLM
@@ -147,23 +147,45 @@ class VLM:
         if not conversations:
             return []
         examples, given = self.prompts(conversations, thoughts)
-        span = self.settings and methods.find(self.settings.method).span
-        if spans is not None and any(spans) and not span:
+        writing = self._writing(keep)
+        if spans is not None and any(spans) and not writing:
             raise UserError(f"spans: {self.name} writes no latents inside its answers")
         answers = batches.answers(
             self.copies or (self.model,), examples, given, self.eos,
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-            writing=Writing(span, self.settings, keep) if span else None, inside=spans,
+            writing=writing, inside=spans,
         )  # fmt: skip
         return [
             Reply(
                 self.processor.tokenizer.decode(answer.ids, skip_special_tokens=True),
                 answer.ids,
                 [prompts.Thought(latents.astype(np.float32), inputs) for latents, inputs in answer.spans],
-                *(counted(self.config, answer.ids) if span else (0, 0)),
+                *(counted(self.config, answer.ids) if writing else (0, 0)),
             )
             for answer in answers
         ]
+
+    def _writing(self, keep: bool = False) -> Writing | None:
+        span = methods.find(self.settings.method).span if self.settings else None
+        return Writing(span, self.settings, keep) if span else None
+
+    def span_counts(self, conversations: Sequence[Messages]) -> list[int]:
+        """How many latents a span has in the answer to each conversation; 0: the model writes none."""
+        writing = self._writing()
+        if not writing:
+            return [0] * len(conversations)
+        examples, _ = self.prompts(conversations, [()] * len(conversations))
+        return [Slots(writing.span.shape(example, self.settings)).count for example in examples]
+
+    def words(self, reply: Reply, most: int) -> str:
+        """The first `most` tokens of a reply that are no latents or marks of them, as text."""
+        return self.processor.tokenizer.decode(words(self.config, reply.ids)[:most], skip_special_tokens=True)
+
+    @property
+    def span_room(self) -> int:
+        """New tokens that the latents inside an answer take."""
+        writing = self._writing()
+        return room(writing) if writing else 0
 
     def score(
         self,

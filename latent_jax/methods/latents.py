@@ -6,7 +6,7 @@ Methods that predict latents declare `Latent` as a section and share what follow
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.config.fields import option
+from latent_jax.config.training import Data
 from latent_jax.errors import UserError
 from latent_jax.losses.pooling import adaptive_pool
 from latent_jax.methods.contract import Batch, HostBatch
@@ -37,6 +38,17 @@ class Latent:
     scale: str = option("rms", "targets are divided by one number (rms) or one a channel (std)", choices=("rms", "std"))
     statistics_examples: int = option(512, "images that the targets' mean and scale are measured on", low=2)
     captions: str = option("random", "which of an image's captions an example takes", choices=("random", "first"))
+
+
+@runtime_checkable
+class LatentConfig(Protocol):
+    """The config of any method that declares `Latent`."""
+
+    @property
+    def latent(self) -> Latent: ...
+
+    @property
+    def data(self) -> Data: ...
 
 
 def imagined_grid(latent: Latent) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from latent_jax.methods.contract import (
     Terms,
     Think,
 )
-from latent_jax.methods.latents import Latent, as_inputs, imagined_grid, measure, target_size, targets
+from latent_jax.methods.latents import Latent, LatentConfig, as_inputs, imagined_grid, measure, target_size, targets
 from latent_jax.models.heads import LatentHead, LatentVLM
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.model import encode
@@ -189,7 +189,7 @@ def cache_targets(
     return targets(model_config, encoded, batch, config.latent)
 
 
-def think_layouts(messages: Messages, config: PretrainConfig, processor: Processor, variant: str) -> list[Layout]:
+def think_layouts(messages: Messages, config: LatentConfig, processor: Processor, variant: str) -> list[Layout]:
     """What is thought over for every imagine part: the caption sequence of its text, or, of the one part without text,
     the conversation up to the answer with slots in the part's place."""
     found = []
@@ -203,7 +203,7 @@ def think_layouts(messages: Messages, config: PretrainConfig, processor: Process
 
 
 def think(
-    model: LatentVLM, batch: Batch, config: PretrainConfig, keys: Key[Array, " X"], temperature: Float[Array, ""]
+    model: LatentVLM, batch: Batch, config: LatentConfig, keys: Key[Array, " X"], temperature: Float[Array, ""]
 ) -> tuple[Float[Array, "X S Z"], Float[Array, "X M D"]]:
     """(latents (X, S, Z) fp32 in the encoder's own space, the input embeddings (X, M, D) that they stand for)."""
     merged, _, _ = model.vlm.encode(batch, image_patches=config.data.image_patches)

@@ -123,7 +123,7 @@ def test_a_donor_that_is_no_question_is_named(data, tmp_path, content):
 
 def test_geometry_is_that_of_the_predicted_latents():
     vlm, conversations = imagining.facade(), [imagining.user(f"thing {i}", imagining.SILENT) for i in range(5)]
-    found = interventions.geometry(vlm, conversations)
+    found = interventions.geometry(vlm, conversations, 4)
     latents = np.stack([vlm.think([each])[0][0].latents for each in conversations]).astype(np.float64)
     for name, flat in (("", latents.reshape(5, -1)), ("_centred", (latents - latents.mean(0)).reshape(5, -1))):
         unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)

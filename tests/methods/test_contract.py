@@ -7,8 +7,10 @@ number of latents instead of a grid, and an answer given over them.
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ from latent_jax.data.messages import imagine_parts
 from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
 from latent_jax.methods import sft
-from latent_jax.methods.contract import Method, Think
+from latent_jax.methods.contract import Method, Span, Think
 from latent_jax.methods.imagine import replace
 from latent_jax.models import hf_export
 from latent_jax.models.heads import LatentVLM
@@ -105,6 +107,17 @@ def think(model, batch, config, keys, temperature):
     return latents.astype(jnp.float32), latents
 
 
+def write(model, hidden, carry, i, config):
+    """What is fed inside an answer: the mixed hidden state, and how much of it the prompt's length asks for."""
+    latents = jnp.einsum("RD,DKE->RKE", hidden, model.head.mix[...]).sum(-2) * carry
+    return latents, latents, carry * 0.9
+
+
+def lengths(model, batch, merged, config):
+    owners, R = batch["segment_ids"].reshape(-1), batch["number"].shape[1]
+    return (jnp.zeros(R + 1).at[owners].add(1.0)[1:] / 100)[:, None]
+
+
 METHOD = Method(
     config=ToyConfig,
     layout=layout,
@@ -117,6 +130,13 @@ METHOD = Method(
     exported=lambda path: path != "unused",
     passes=lambda config: 2,
     think=Think(lambda config: config.toy.count, thought_over, think, variants=("own", "doubled"), answers=True),
+    span=Span(
+        most=lambda config: config.toy.count,
+        shape=lambda example, config: config.toy.count,
+        feed=write,
+        start=lengths,
+        rule=lambda tokens, count, config: jnp.full(len(tokens), count == 1),
+    ),
 )
 
 
@@ -265,6 +285,22 @@ def test_it_loads_from_its_workdir_and_from_its_export_alike(made, tmp_path):
         np.testing.assert_allclose(other.latents, again.latents, atol=1e-5)
 
 
+def test_it_writes_latents_inside_its_answers(made):
+    """As its rule says, in a batch as alone; and a given answer with the same latents is as likely word by word."""
+    for vlm in (latent_jax.load(made), latent_jax.load(made / "hf")):
+        asked = [question(), question("Is there a red ball left of the cube?")]
+        together = vlm.reply(asked, 8, keep=True)
+        for conversation, reply in zip(asked, together, strict=True):
+            alone = vlm.reply([conversation], 8, keep=True)[0]
+            assert alone.ids == reply.ids and reply.opened == reply.closed == 1
+            (own,) = reply.spans
+            np.testing.assert_allclose(own.inputs, alone.spans[0].inputs, atol=1e-5)
+            marks = vlm.config.vision_start_token_id, vlm.config.vision_end_token_id
+            assert [reply.ids.index(mark) for mark in marks] == [1, 5]
+        swapped = vlm.reply(asked, 8, spans=[[together[1].spans[0].inputs], ()])
+        assert swapped[0].opened == 1 and swapped[1].opened == 0
+
+
 def test_an_evaluation_asks_for_its_latents_and_intervenes(made, tmp_path, monkeypatch, capsys):
     records = benchmark_records.gqa(images=2, each=2)
     monkeypatch.setattr(evaluate.sources, "split_names", lambda name, path: ["testdev"])
@@ -275,6 +311,11 @@ def test_an_evaluation_asks_for_its_latents_and_intervenes(made, tmp_path, monke
     config.evaluate.update(interventions=True, max_new_tokens=3)
     found = evaluate.run(schema.resolve(config), tmp_path / "own")
     assert found["imagine"] is True and (tmp_path / "own" / "interventions.json").exists()
+    assert found["spans"] == {"replies": 4, "opened": 4, "never_opened": 0.0, "never_closed": 0.0}
+    latents = json.loads((tmp_path / "own" / "interventions.json").read_text())["latents"]
+    assert latents["count"] == 4 and latents["never_opened"] == latents["never_closed"] == 0
+    shut = json.loads((tmp_path / "own" / "latents_none" / "results.json").read_text())
+    assert shut["spans"]["never_opened"] == 1.0
     assert {p.name for p in (tmp_path / "own").iterdir()} >= {"latents_zero", "latents_permuted", "latents_none"}
 
 
@@ -292,23 +333,34 @@ def test_a_head_of_another_method_is_not_taken_for_ones_own(made, scenes, tmp_pa
 
 
 def test_a_run_by_the_command_line_is_killed_and_goes_on(made, scenes, tmp_path):
-    """Another process finds the method by its name alone, and a SIGKILL between steps loses nothing."""
+    """Another process finds the method by its name alone, and a SIGKILL behind its first checkpoint loses nothing."""
     code = (
-        "import os, sys; sys.path.insert(0, os.getcwd()); sys.argv = ['main.py']\n"
-        "from tests.methods import test_contract as own; from latent_jax import train\n"
+        "import os, signal, sys; sys.path.insert(0, os.getcwd()); sys.argv = ['main.py']\n"
         "from pathlib import Path\n"
-        "config = own.run_config(Path(sys.stdin.readline().strip()))\n"
-        "train.run(config, sys.stdin.readline().strip())\n"
+        "from latent_jax import train\n"
+        "from latent_jax.training import loop\n"
+        "from tests.methods import test_contract as own\n"
+        "from tests.reference import small\n"
+        "def killed(checkpoints, *rest):\n"
+        "    save(checkpoints, *rest); checkpoints.wait(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "save, loop.save = loop.save, killed\n"
+        "model, scenes, directory = (Path(line.strip()) for line in sys.stdin)\n"
+        "small.directory = lambda: model\n"
+        "train.run(own.run_config(scenes), directory)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    root, directory = Path(__file__).resolve().parents[2], tmp_path / "run"
     ended = subprocess.run(
-        [sys.executable, "-c", code], input=f"{scenes}\n{tmp_path / 'run'}\n", cwd=root, env=environment, text=True,
-        capture_output=True, timeout=600,
+        [sys.executable, "-c", code], input=f"{small.directory()}\n{scenes}\n{directory}\n", cwd=root, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=600,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    assert [path.name for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()] == ["1"]
+    train.run(run_config(scenes), directory)
     for path, array in arrays(made).items():
-        np.testing.assert_array_equal(arrays(tmp_path / "run")[path], array, err_msg=path)
+        np.testing.assert_array_equal(arrays(directory)[path], array, err_msg=path)
+    lines = [(where / "metrics.jsonl").read_text().splitlines() for where in (directory, made)]
+    losses = [[json.loads(line)["loss/total"] for line in each] for each in lines]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", ["nothing_of_this_name", "tests.methods", "os.path", "a b", "../x", ""])

@@ -14,6 +14,7 @@ class Facade:
     """Thinks three vectors that are the question's alone, and is right where `right` says so of what stands there."""
 
     model = types.SimpleNamespace(head=None)
+    thinks, writes = True, False
 
     def __init__(self, answers: dict[str, str], right):
         self.answers, self.right, self.asked = answers, right, []
