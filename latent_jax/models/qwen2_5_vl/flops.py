@@ -1,12 +1,13 @@
 """Model FLOPs utilisation: what a step must compute, over what its devices could.
 
 The convention, everywhere in this project: a multiply-add is two FLOPs; causal attention is halved; recomputation
-(remat) and padding do not count; the logits count where they are supervised; a trained tower costs three forward passes
-and a frozen one costs one, also below a merger that is trained alone; with adapters (LoRA) no weight gradient is
-formed, so that matmuls with weights cost two and attention three; what a method runs the language model's blocks for beside the pass that is scored counts like it, but
-without logits; the vision tower is reported apart; peaks are dense bf16. Norms, rotary angles, softmax and the
-methods' small heads and adapters are left out (below 1 % at any published size; of adapters, at rank 16). With padding,
-full rows of pairs and all logits counted, this module is within 3.5 % of XLA's count on the tiny model (tested).
+(remat) and padding do not count; the logits count where they are supervised; a trained tower costs three forward
+passes and a frozen one costs one, also below a merger that is trained alone; with adapters (LoRA) no weight gradient
+is formed, so that matmuls with weights cost two and attention three; what a method runs the language model's blocks
+for beside the pass that is scored counts like it, but without logits; the vision tower is reported apart; peaks are
+dense bf16. Norms, rotary angles, softmax and the methods' small heads and adapters are left out (below 1 % at any
+published size; of adapters, at rank 16). With padding, full rows of pairs and all logits counted, this module is
+within 3.5 % of XLA's count on the tiny model (tested).
 """
 
 import dataclasses
