@@ -6,25 +6,19 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from latent_jax.benchmarks import VERSION, lmms_eval
-from latent_jax.benchmarks.estimates import Estimate
 from latent_jax.benchmarks.items import Item, ScoredItem, conversation
 from latent_jax.config.evaluation import Evaluation
 from latent_jax.data import sources
-from latent_jax.errors import Stopped, UserError, one_line
-from latent_jax.evaluation import answering, begun, predictions
+from latent_jax.errors import Stopped
+from latent_jax.evaluation import answering, begun, predictions, questions, results
 from latent_jax.evaluation.predictions import PREDICTIONS, RESULTS, Scoring
-from latent_jax.runtime import files, lock, preemption, provenance
+from latent_jax.runtime import files, lock, preemption
 from latent_jax.runtime.progress import Progress
-
-_TOLD = 5  # skipped questions that are told of one by one; results.json has more
-_LISTED = 100
-_LONGEST = 300  # characters of what is said of one question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +53,9 @@ def _run(
     scoring = Scoring(benchmark, config.evaluate.scorer, config.evaluate.prompt)
 
     # ------------------------------------------------------------ which questions
-    data = open_data(config, benchmark)
-    items, skipped = read_items(data, benchmark, config)
-    extras = read_choices(config, benchmark, items)
+    data = questions.open_data(config, benchmark)
+    items, skipped = questions.read_items(data, benchmark, config)
+    extras = questions.read_choices(config, benchmark, items)
     everything, items = items, items[: config.evaluate.examples or None]
     kept, told = begun.read(config, directory)
     rows = predictions.resume(directory / PREDICTIONS, items, scoring)
@@ -78,7 +72,7 @@ def _run(
         preemption.watch("stopping after this batch") as stopped,
     ):
         for note in [
-            *notes(config, benchmark, data, items, skipped, len(rows)),
+            *questions.notes(config, benchmark, data, items, skipped, len(rows)),
             *said,
             *([*settled, *told] if left else []),
         ]:
@@ -125,15 +119,15 @@ def _run(
     whole = [rows[item.id] for item in items]
     scored = [row for row in whole if row.correct is not None]
     report = benchmark.report(scored, config.evaluate.scorer, config.seed, **extras) if scored else {}
-    found = results(config, benchmark, data, settings, whole, report, skipped, tokens)
+    found = results.collect(config, benchmark, data, settings, whole, report, skipped, tokens)
     found |= {"weights": weights, "predictions": predictions.digest(directory / PREDICTIONS)}
-    found["throughput"] = _throughput(directory, len(left), seconds)
+    found["throughput"] = results.throughput(directory, len(left), seconds)
     found = predictions.sealed(found)
     if hasattr(benchmark, "submission"):
         name, content = benchmark.submission(whole)
         files.write_text(directory / name, json.dumps(content) + "\n")
     files.write_text(directory / RESULTS, json.dumps(found, indent=2) + "\n")
-    print("\n".join(table(found, directory)))
+    print("\n".join(results.table(found, directory)))
     if line := predictions.strange(found, scored):
         progress.say(line)
     if config.evaluate.interventions:
@@ -142,105 +136,6 @@ def _run(
         latents = interventions.geometry(vlm, shown, tokens)
         interventions.run(config, directory, latents, functools.partial(run, open_backend=open_backend))
     return found
-
-
-# ---------------------------------------------------------------- questions
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A split of a prepared dataset."""
-
-    name: str
-    path: str
-    split: str
-    source: Sequence[dict]
-
-
-def open_data(config: Evaluation, benchmark: ModuleType) -> Asked:
-    """The benchmark's own dataset, or of the embedded world; the split that is usually evaluated, if none is named."""
-    path, name = config.data.path, config.data.name
-    name = name or (config.benchmark if path or not benchmark.EMBEDDED else benchmark.EMBEDDED)
-    split = config.data.split
-    if not split:
-        there = sources.split_names(name, path)
-        usual = [known for known in benchmark.SPLITS if known in there] or (there if len(there) == 1 else [])
-        if not usual:
-            raise UserError(f"config.data.split: {name} has {', '.join(there)}; say which one is evaluated")
-        split = usual[0]
-    return Asked(name, path, split, sources.open_source(name, path, split))
-
-
-def read_items(data: Asked, benchmark: ModuleType, config: Evaluation) -> tuple[list[Item], list[str]]:
-    """The questions in the files' order, and a line for each one that cannot be asked.
-
-    Raises UserError where the share of these is above `config.data.max_bad`.
-    """
-    items, skipped, seen = [], [], set()
-    for place, record in enumerate(data.source):
-        for question in record["questions"]:
-            question = question if isinstance(question, dict) else {}
-            name = question.get("id")
-            where = f"{data.name} {data.split}, record {_shown(record['key'])}, question {_shown(name)}"
-            try:
-                if not isinstance(name, str) or not name:
-                    raise ValueError("has no id")
-                name.encode()  # half a character cannot stand in a file of predictions
-                if name in seen:
-                    raise ValueError("has the id of an earlier question")
-                benchmark.check(question, len(record["images"]))
-            except UnicodeEncodeError:
-                skipped.append(f"{where}: its id holds half a character")
-                continue
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
-                skipped.append(f"{where}: {one_line(problem)[:_LONGEST] or type(problem).__name__}")
-                continue
-            seen.add(name)
-            cluster = benchmark.cluster(question, record["key"])
-            items.append(Item(name, question, place, len(record["images"]), cluster))
-    count = len(items) + len(skipped)
-    if not count:
-        raise UserError(f"{data.name} {data.split}: holds no question; expected {config.benchmark}'s")
-    if len(skipped) > config.data.max_bad * count:
-        raise UserError(
-            f"{skipped[0]}; so {len(skipped)} of {count} questions, more than config.data.max_bad = "
-            f"{config.data.max_bad}: expected {config.benchmark} in its official form, is this another version?"
-        )
-    return items, skipped
-
-
-def read_choices(config: Evaluation, benchmark: ModuleType, items: Sequence[Item]) -> dict:
-    """{"choices": content} of the choices file, {} without one."""
-    path = config.evaluate.choices
-    if not path:
-        return {}
-    try:
-        content = files.read_json(path, dict, "GQA's choices", most=None)
-        benchmark.check_choices(content, {item.id: item.question for item in items})
-    except UserError as problem:
-        raise UserError(f"config.evaluate.choices: {problem}") from None
-    except ValueError as problem:
-        raise UserError(f"config.evaluate.choices: {path}: {problem}") from None
-    return {"choices": content}
-
-
-def notes(
-    config: Evaluation, benchmark: ModuleType, data: Asked, items: Sequence[Item], skipped: Sequence[str], done: int
-) -> Iterator[str]:
-    """Lines to print before the first question."""
-    yield f"{config.benchmark}: {len(items):,} questions of {data.name} {data.split}, scorer {config.evaluate.scorer}"
-    for line in skipped[:_TOLD]:
-        yield f"skipped: {line}"
-    if skipped:
-        yield f"skipped {len(skipped)} of {len(items) + len(skipped)} questions; they are listed in {RESULTS}"
-    published = benchmark.PUBLISHED.get(data.split)
-    if published and not config.evaluate.examples and len(items) != published and data.name == config.benchmark:
-        yield f"{config.benchmark} {data.split} has {published:,} questions as published, here are {len(items):,}"
-    hidden = sum(benchmark.answer(item.question) is None for item in items)
-    if hidden:
-        yield f"{hidden:,} of {len(items):,} answers are hidden: those replies are kept and not scored"
-    if done:
-        yield f"resuming after {done:,} questions"
 
 
 # ---------------------------------------------------------------- replies
@@ -309,108 +204,3 @@ def _summary(rows: dict[str, ScoredItem], before: int, started: float) -> dict:
     judged = [row.correct for row in rows.values() if row.correct is not None]
     correct = {"correct": 100 * sum(judged) / len(judged)} if judged else {}
     return {"items_per_second": (len(rows) - before) / max(1e-9, time.monotonic() - started), **correct}
-
-
-# ---------------------------------------------------------------- scores
-
-
-def results(
-    config: Evaluation,
-    benchmark: ModuleType,
-    data: Asked,
-    settings: Mapping[str, Any],
-    rows: Sequence[ScoredItem],
-    report: Mapping[str, Estimate],
-    skipped: Sequence[str],
-    tokens: int,
-) -> dict:
-    """What results.json holds, but for the throughput."""
-    scorer = config.evaluate.scorer
-    unasked = [f"question {row.item.id}: {row.skipped}" for row in rows if row.skipped]
-    scored = sum(row.correct is not None for row in rows)
-    return {
-        "benchmark": config.benchmark,
-        "split": data.split,
-        "scorer": scorer,
-        "scorer_version": VERSION,
-        "scorer_follows": lmms_eval.VERSION if scorer == "lmms_eval" else benchmark.ORIGINAL,
-        "n": scored,
-        "metrics": {name: float(estimate.value) for name, estimate in report.items()},
-        "ci95": {name: estimate.half_width for name, estimate in report.items()},
-        "counts": {name: estimate.n for name, estimate in report.items()},
-        "intervals": "half of Wilson's interval, n over the design effect of questions that share an image; averages: "
-        "half-widths added in squares; distribution: bootstrap over images",
-        "asked": len(rows),
-        "hidden_answers": len(rows) - scored,
-        "unparsed": sum(row.parsed is None for row in rows),
-        "skipped": {"count": len(skipped) + len(unasked), "first": [*skipped, *unasked][:_LISTED]},
-        "skipped_as_wrong": len(unasked),
-        "dataset": data.name,
-        "data_path": data.path,
-        "prompt": config.evaluate.prompt or benchmark.PROMPT[scorer],
-        "imagine": config.evaluate.imagine,
-        "latents": config.evaluate.latents if config.evaluate.imagine else None,
-        **_spans(rows),
-        "min_pixels": settings["min_pixels"],
-        "max_pixels": settings["max_pixels"],
-        "decoding": {
-            "strategy": "greedy",
-            "repetition_penalty": 1.0,
-            "max_new_tokens": tokens,
-        },
-        "model": config.model.path or "tiny_vl",
-        "backend": settings,
-        "versions": provenance.versions(),
-        "git_commit": provenance.git_commit(),
-    }
-
-
-def _spans(rows: Sequence[ScoredItem]) -> dict:
-    """{"spans": shares of replies that opened no span of latents, and that did not close one}; {} without any."""
-    counts = [row.spans for row in rows if row.spans]
-    if not counts:
-        return {}
-    opened = sum(count for count, _ in counts)
-    return {
-        "spans": {
-            "replies": len(counts),
-            "opened": opened,
-            "never_opened": sum(not count for count, _ in counts) / len(counts),
-            "never_closed": sum(closed < count for count, closed in counts) / len(counts),
-        }
-    }
-
-
-def _throughput(directory: Path, count: int, seconds: float) -> dict | None:
-    """Of this life of the run; where nothing was left to ask, what an earlier one measured."""
-    if count:
-        return {"items": count, "seconds": seconds, "items_per_second": count / seconds}
-    try:
-        return predictions.read_results(directory).get("throughput")
-    except UserError:  # absent, or damaged: it is written anew
-        return None
-
-
-def table(found: dict, directory: Path) -> list[str]:
-    """The metrics as lines of text."""
-    title = f"{found['benchmark']} {found['split']}, {found['scorer']} scorer: {found['n']:,} questions"
-    if not found["metrics"]:
-        return [f"{title} could be scored, the answers are hidden; the replies are in {directory / PREDICTIONS}"]
-    width = max(map(len, found["metrics"]))
-    lines = [f"  {name:<{width}}  {value:6.2f} ± {found['ci95'][name]:.2f}" for name, value in found["metrics"].items()]
-    if found["skipped"]["count"]:
-        lines.append(
-            f"  {found['skipped']['count']} questions could not be asked: {found['skipped_as_wrong']} of them count as "
-            "wrong, the others have no question or answer to count"
-        )
-    if "spans" in found:
-        spans = found["spans"]
-        lines.append(
-            f"  latents inside replies: {100 * spans['never_opened']:.1f} % of replies open no span, "
-            f"{100 * spans['never_closed']:.1f} % leave one open"
-        )
-    return [title, *lines, f"{found['unparsed']} replies without an answer; {directory / RESULTS}"]
-
-
-def _shown(name: object) -> str:
-    return name[:_LONGEST] if isinstance(name, str) and name.isprintable() else ascii(name)[:_LONGEST]

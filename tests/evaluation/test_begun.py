@@ -209,7 +209,7 @@ def test_no_latent_head_is_known_before_anything_is_loaded(kind, tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda model: listed)
     monkeypatch.setattr(evaluate, "_load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(evaluate, "open_data", lambda *_: pytest.fail("data opened"))
+    monkeypatch.setattr(evaluate.questions, "open_data", lambda *_: pytest.fail("data opened"))
     told = config(evaluate__imagine="true", model__path=path)
     with pytest.raises(UserError) as caught:
         evaluate.run(told, tmp_path / "run")
