@@ -56,7 +56,7 @@ EXCEPTIONS = {
     ("training/finish.py", "latent_jax.main"): "no import: the command that a model card shows",
 }
 # Longer than 400 lines, to be split.
-LONG: set[str] = {"methods/pretrain.py"}
+LONG: set[str] = set()
 
 
 def shown(file: Path) -> str:

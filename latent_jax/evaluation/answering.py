@@ -6,16 +6,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from latent_jax.benchmarks.items import Item, Reply, ScoredItem, check_text
 from latent_jax.config import evaluation
 from latent_jax.config.evaluation import Evaluation
 from latent_jax.errors import UserError, one_line
 from latent_jax.evaluation.predictions import Scoring
-
-if TYPE_CHECKING:
-    from latent_jax.inference.vlm import VLM
 
 Send = Callable[[Sequence[Item]], Sequence[str]]  # questions -> the replies to them, in their order
 _PIECE = 8 * 2**20
@@ -196,8 +193,26 @@ def _read_files(path: str) -> tuple[Path, int | None, list[Path]]:
     return Path(root), step, sorted(file for file in files if file.name not in _UNREAD)
 
 
+class Speaker(Protocol):
+    """What a reply takes of the facade (inference/vlm.py)."""
+
+    @property
+    def writes(self) -> bool: ...
+
+    @property
+    def span_room(self) -> int: ...
+
+    def generate(self, conversations: Any, max_new_tokens: int, *, thoughts: Any, seed: int) -> list[str]: ...
+
+    def reply(
+        self, conversations: Any, max_new_tokens: int, *, thoughts: Any, spans: Any, seed: int
+    ) -> Sequence[Any]: ...
+
+    def words(self, reply: Any, most: int) -> str: ...
+
+
 def replies(
-    vlm: "VLM",
+    vlm: Speaker,
     conversations: Sequence[list[dict]],
     tokens: int,
     *,
