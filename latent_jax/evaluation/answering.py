@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from latent_jax.benchmarks.items import Item, Reply, ScoredItem, check_text
 from latent_jax.config import evaluation
@@ -193,26 +193,8 @@ def _read_files(path: str) -> tuple[Path, int | None, list[Path]]:
     return Path(root), step, sorted(file for file in files if file.name not in _UNREAD)
 
 
-class Speaker(Protocol):
-    """What a reply takes of the facade (inference/vlm.py)."""
-
-    @property
-    def writes(self) -> bool: ...
-
-    @property
-    def span_room(self) -> int: ...
-
-    def generate(self, conversations: Any, max_new_tokens: int, *, thoughts: Any, seed: int) -> list[str]: ...
-
-    def reply(
-        self, conversations: Any, max_new_tokens: int, *, thoughts: Any, spans: Any, seed: int
-    ) -> Sequence[Any]: ...
-
-    def words(self, reply: Any, most: int) -> str: ...
-
-
 def replies(
-    vlm: Speaker,
+    vlm: Any,
     conversations: Sequence[list[dict]],
     tokens: int,
     *,
@@ -220,8 +202,11 @@ def replies(
     spans: Any = None,
     seed: int = 0,
 ) -> list[str]:
-    """Replies of at most `tokens` words each; latents inside a reply are counted in it (items.Reply) and do not count
-    against its length. `thoughts` and `spans` as in VLM.reply."""
+    """Replies of the facade (inference/vlm.py), of at most `tokens` words each.
+
+    Latents inside a reply do not count against its length; their spans are counted in it (items.Reply). `thoughts` and
+    `spans` as in VLM.reply.
+    """
     if not vlm.writes:
         return vlm.generate(conversations, tokens, thoughts=thoughts, seed=seed)
     found = vlm.reply(conversations, tokens + vlm.span_room, thoughts=thoughts, spans=spans, seed=seed)

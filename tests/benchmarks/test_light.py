@@ -31,8 +31,8 @@ def test_they_are_alike(name):
     for function in ("check", "cluster", "prompt", "answer", "parse", "correct"):
         declared = inspect.signature(getattr(gqa, function)).parameters.keys()
         assert inspect.signature(getattr(module, function)).parameters.keys() == declared
-    assert list(inspect.signature(module.report).parameters)[:3] == ["rows", "scorer", "seed"]
+    assert list(inspect.signature(module.report).parameters)[:3] == ["scored", "scorer", "seed"]
 
 
-def test_there_are_six():
-    assert evaluation.benchmarks() == ["blink", "gqa", "mmvp", "scienceqa", "vsp", "vstar"]
+def test_those_of_the_documentation_are_found():
+    assert {"blink", "gqa", "mmvp", "scienceqa", "vsp", "vstar"} <= set(evaluation.benchmarks())

@@ -56,8 +56,13 @@ def loss(model, batch, config):
     return sft.scored(model, x + added + 0 * model.head.output[...].sum(), batch, options)
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(sft.SftConfig):
+    toy: Toy = Toy()
+
+
 METHOD = Method(
-    sections={"toy": Toy, "loss": sft.Loss, "chat": sft.Chat},
+    config=ToyConfig,
     layout=sft.layout,
     coefficients=sft.coefficients,
     weights=sft.weights,

@@ -260,7 +260,7 @@ def test_what_is_trained_on_is_not_reported_as_held_out(scenes):
     assert probe.lacking(held) == ""
 
 
-@pytest.mark.parametrize("name", [finish.FINISHED, "probe.json", "curves.png", "neighbours.png"])
+@pytest.mark.parametrize("name", [finish.FINISHED, "imagination.json", "curves.png", "neighbours.png"])
 def test_a_folder_in_the_place_of_the_last_files_is_told_before_step_one(name, scenes, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}: a directory; expected a file of an earlier run, or nothing"):

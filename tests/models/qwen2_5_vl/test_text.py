@@ -96,7 +96,8 @@ def test_the_cache_gives_what_the_packed_pass_gives(text, listed, covered, monke
         now = [min(lengths[prompt] + n, T - 1) for prompt in range(3)]
         new = jnp.stack([x[prompt, now[prompt]] for prompt in range(3)] + [x[0, 0]])
         place = jnp.stack([where[prompt, 0, now[prompt]] for prompt in range(3)] + [jnp.int32(0)])
-        hidden, recent = step(text, cached.layers_of(text), new, place, prompts, real, recent, n)
+        places = jnp.broadcast_to(place[:, None], (len(place), 3))
+        hidden, recent = step(text, cached.layers_of(text), new, places, prompts, real, recent, n)
         close(hidden[:3], np.stack([want[prompt, now[prompt]] for prompt in range(3)]))
 
 
