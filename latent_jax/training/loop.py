@@ -3,10 +3,11 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from latent_jax.data import pipeline
 from latent_jax.errors import UserError
@@ -17,13 +18,12 @@ from latent_jax.runtime.metrics import Metrics
 from latent_jax.runtime.progress import Progress
 from latent_jax.training.resume import save
 from latent_jax.training.state import Setup, TrainState
-from latent_jax.training.step import Step
 
 
 def loop(
     setup: Setup,
     state: TrainState,
-    step: Step,
+    step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]],
     validate: Callable[[TrainState], dict[str, float]] | None,
     batches: pipeline.BatchIterator,
     checkpoints: Checkpoints,
