@@ -14,7 +14,7 @@ from reference.scene_answers import answer, holds, scene_of
 from latent_jax.data import scenes, sources
 from latent_jax.data.builders.build import build_scenes_benchmark
 from latent_jax.data.frozen_lake import MOVES
-from latent_jax.data.scenes import benchmarks, reflectance, world
+from latent_jax.data.scenes import benchmarks, mazes, reflectance, world
 from latent_jax.data.scenes.render import BACKGROUND, TILE, sprite
 from latent_jax.errors import UserError
 
@@ -204,6 +204,12 @@ def drawn(image):
                 kinds[x // 28] = kind
         rows.append("".join(kinds))
     return rows
+
+
+def test_a_way_is_drawn_only_into_a_map_with_a_start():
+    assert drawn(np.asarray(mazes.draw(["SF", "FG"]))) == ["SF", "FG"]
+    with pytest.raises(ValueError):
+        mazes.draw(["FF", "FG"], "R,D")
 
 
 def test_mazes(prepared):

@@ -4,8 +4,9 @@ BLINK has no training split; ours stands in train-*.parquet. As published, the t
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,19 @@ _SCHEMA = pa.schema(
 )
 
 
+_Question = tuple[list[Image.Image], str, list[str], int]  # images, question, choices, index of the right one
+
+
+class _Placed(NamedTuple):
+    """A thing of a jigsaw; x and y are its centre in pixels."""
+
+    color: str
+    shape: str
+    size: str
+    x: int
+    y: int
+
+
 def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
     """Writes `sizes` questions a split for each sub-task."""
     makers = dict(zip(SUB_TASKS, (_counting, _jigsaw, _reflectance, _relation), strict=True))
@@ -44,7 +58,9 @@ def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
             pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), file, row_group_size=_ROWS)
 
 
-def _row(sub_task, split, number, images, question, choices, answer):
+def _row(
+    sub_task: str, split: str, number: int, images: list[Image.Image], question: str, choices: list[str], answer: int
+) -> dict[str, Any]:
     idx = f"{_OFFICIAL[split]}_{sub_task}_{number + 1}"
     cells = [{"bytes": encode(image), "path": f"{idx}_{i}.png"} for i, image in enumerate(images, 1)]
     listed = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=False))
@@ -52,14 +68,14 @@ def _row(sub_task, split, number, images, question, choices, answer):
         "idx": idx,
         "question": question,
         "sub_task": sub_task,
-        **dict(zip(("image_1", "image_2", "image_3", "image_4"), cells + [None] * (4 - len(cells)), strict=True)),
+        **dict(zip(("image_1", "image_2", "image_3", "image_4"), [*cells, *[None] * (4 - len(cells))], strict=True)),
         "choices": choices,
         "answer": "hidden" if split == "test" else f"({'ABCD'[answer]})",
         "prompt": f"{question}\nSelect one of the following choices.\n{listed}",
     }
 
 
-def _counting(rng, split, number):
+def _counting(rng: random.Random, split: str, number: int) -> _Question:
     """Half of the questions name a colour, half a shape; 0 to 3 are equally often right."""
     wanted, place = number % 4, rng.randrange(4)
     while True:
@@ -76,11 +92,11 @@ def _counting(rng, split, number):
 _VALUES = {"color": world.COLORS, "shape": world.SHAPES}
 
 
-def _count(scene, attribute, value):
+def _count(scene: world.Scene, attribute: str, value: str) -> int:
     return sum(getattr(thing, attribute) == value for thing in scene.things)
 
 
-def _relation(rng, split, number):
+def _relation(rng: random.Random, split: str, number: int) -> _Question:
     """Yes and no are equally often right; yes is always (A), so a letter means one thing."""
     true = number % 2 == 0
     choices = ["yes", "no"]
@@ -95,15 +111,15 @@ def _relation(rng, split, number):
             return [render(scene)], question, choices, choices.index("yes" if true else "no")
 
 
-def _jigsaw(rng, split, number):
+def _jigsaw(rng: random.Random, split: str, number: int) -> _Question:
     """Two things lie across the seams; the wrong piece shows one of them in another colour, shape or place."""
     pool = world.allowed(split)
     used = rng.sample(pool, 6)
     down, across = _seams(rng)
     places = [(_HALF, down), (across, _HALF)]
     rest = [(28, 28), (28, 84), (84, 28)]
-    things = [[*combination, "large", *place] for combination, place in zip(used, places)]
-    things += [[*used[2 + i], rng.choice(world.SIZES), *p] for i, p in enumerate(rest) if rng.random() < 0.6]
+    things = [_Placed(*combination, "large", *place) for combination, place in zip(used, places)]
+    things += [_Placed(*used[2 + i], rng.choice(world.SIZES), *p) for i, p in enumerate(rest) if rng.random() < 0.6]
     whole = _compose(things)
     wrong = _compose(_changed(things, pool, rng))
     corner = (_HALF, _HALF, 2 * _HALF, 2 * _HALF)
@@ -119,7 +135,7 @@ def _jigsaw(rng, split, number):
     return images, question, ["the second image", "the third image"], answer
 
 
-def _seams(rng):
+def _seams(rng: random.Random) -> tuple[int, int]:
     """Where on the two seams their things stand: not so near to the middle, both, that they meet."""
     while True:
         places = rng.randint(_HALF + 10, 98), rng.randint(_HALF + 10, 98)
@@ -127,25 +143,26 @@ def _seams(rng):
             return places
 
 
-def _changed(things, pool, rng):
+def _changed(things: list[_Placed], pool: Sequence[world.Combination], rng: random.Random) -> list[_Placed]:
     """The things with one of the first two, which lie across the seams, changed so that its halves do not fit."""
-    changed = [list(thing) for thing in things]
+    changed = list(things)
     which, kind = rng.randrange(2), rng.randrange(3)
-    thing = changed[which]
-    color, shape = thing[:2]
+    color, shape = things[which].color, things[which].shape
     if kind < 2:
         others = [c for c in pool if (c[0] == color) != (c[1] == shape) and (c[1] == shape) == (kind == 0)]
-        thing[:2] = rng.choice(others)
+        color, shape = rng.choice(others)
+        changed[which] = things[which]._replace(color=color, shape=shape)
         return changed
-    here = things[0][4], things[1][3]
+    here = things[0].y, things[1].x
     while True:  # drawn as the true places are: the piece alone must not tell
         which, there = rng.randrange(2), _seams(rng)
         if abs(there[which] - here[which]) >= 14 and max(there[which], here[1 - which]) >= _HALF + TILE:
-            changed[which][3 if which else 4] = there[which]
+            thing = things[which]
+            changed[which] = thing._replace(x=there[1]) if which else thing._replace(y=there[0])
             return changed
 
 
-def _compose(things):
+def _compose(things: list[_Placed]) -> Image.Image:
     image = Image.new("RGB", (world.IMAGE_SIZE, world.IMAGE_SIZE), BACKGROUND)
     for color, shape, size, x, y in things:
         tile = sprite(shape, color, size, "plain")
@@ -153,7 +170,7 @@ def _compose(things):
     return image
 
 
-def _reflectance(rng, split, number):
+def _reflectance(rng: random.Random, split: str, number: int) -> _Question:
     answer = number % 3
     image, _ = draw(rng, ("A", "B", "same")[answer])
     question = "Which point is on the darker surface, A or B, or is the color of both about the same?"

@@ -23,17 +23,17 @@ def name(thing: Thing) -> str:
     return f"{thing.color} {thing.shape}"
 
 
-def _look(thing):
+def _look(thing: Thing) -> str:
     return name(thing) if thing.material == "plain" else f"{thing.material} {name(thing)}"
 
 
-def _place(scene, thing):
+def _place(scene: Scene, thing: Thing) -> str:
     if scene.placement == "grid":
         return f"{scene.row(thing)} {scene.column(thing)}"
     return f"x{thing.x} y{thing.y}"
 
 
-def _things(scene, rng):
+def _things(scene: Scene, rng: random.Random) -> str:
     """One to three of the things, by a name that leaves something out."""
     chosen = rng.sample(scene.things, rng.randint(1, min(3, len(scene.things))))
     return (
@@ -47,13 +47,13 @@ def _things(scene, rng):
     )
 
 
-def _places(scene, rng):
+def _places(scene: Scene, rng: random.Random) -> str:
     """One or two of the things and where they are."""
     chosen = rng.sample(scene.things, rng.randint(1, 2))
     return ", ".join(f"a {name(thing)} at {scene.row(thing)} {scene.column(thing)}" for thing in chosen) + "."
 
 
-def _chain(scene, rng):
+def _chain(scene: Scene, rng: random.Random) -> str:
     """ "a red ball left of a blue cube above a green star": each thing related to the next."""
     things = rng.sample(scene.things, len(scene.things))
     text = f"a {_look(things[0])}"

@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -36,7 +37,7 @@ def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
         lines = []
         for level in LEVELS:
             rng = random.Random(f"{seed} vsp {split} {level}")
-            seen = set()
+            seen: set[tuple[str, ...]] = set()
             for number in range(size):
                 rows = _sample(rng, level, split, seen)
                 seen.add(tuple(rows))
@@ -44,7 +45,7 @@ def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
         (directory / f"{_OFFICIAL[split]}_direct.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def _sample(rng, level, split, seen):
+def _sample(rng: random.Random, level: int, split: str, seen: set[tuple[str, ...]]) -> list[str]:
     """A solvable map whose way takes at least two moves; the splits are told apart by the map itself."""
     while True:
         places = [(r, c) for r in range(level) for c in range(level)]
@@ -60,7 +61,7 @@ def _sample(rng, level, split, seen):
             return rows
 
 
-def _line(directory, rows, split, level, number):
+def _line(directory: Path, rows: list[str], split: str, level: int, number: int) -> dict[str, Any]:
     """The official record of a map, whose pictures it writes."""
     folder = f"imgs_{_OFFICIAL[split]}/level{level}"
     for kind in ("img", "way"):
@@ -92,27 +93,32 @@ def draw(rows: list[str], way: str = "") -> Image.Image:
             if tile == "F":
                 pen.line([(x + 7, y + 18), (x + 13, y + 12)], fill=_EDGE)
             {"H": _hole, "S": _player, "G": _present}.get(tile, lambda *place: None)(pen, x, y)
-            if tile == "S":
-                points = [(x + CELL // 2, y + CELL // 2)]
-    for move in way.split(",") if way else ():
-        down, right = MOVES[move]
-        points.append((points[-1][0] + CELL * right, points[-1][1] + CELL * down))
     if way:
-        pen.line(points, fill=_WAY, width=4)
+        pen.line(_middles(rows, way), fill=_WAY, width=4)
     return image
 
 
-def _hole(pen, x, y):
+def _middles(rows: list[str], way: str) -> list[tuple[int, int]]:
+    """Middles in pixels (x, y) of the tiles that `way` passes. Raises ValueError where the map has no start."""
+    r, c = divmod("".join(rows).index("S"), len(rows[0]))
+    points = [(c * CELL + CELL // 2, r * CELL + CELL // 2)]
+    for move in way.split(","):
+        down, right = MOVES[move]
+        points.append((points[-1][0] + CELL * right, points[-1][1] + CELL * down))
+    return points
+
+
+def _hole(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
     pen.ellipse([x + 3, y + 4, x + 24, y + 23], fill=_RIM)
     pen.ellipse([x + 5, y + 7, x + 22, y + 21], fill=_WATER)
 
 
-def _player(pen, x, y):
+def _player(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
     pen.polygon([(x + 14, y + 9), (x + 22, y + 25), (x + 6, y + 25)], fill=_COAT)
     pen.ellipse([x + 9, y + 3, x + 18, y + 12], fill=_SKIN)
 
 
-def _present(pen, x, y):
+def _present(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
     pen.rectangle([x + 5, y + 8, x + 22, y + 24], fill=_GOAL)
     pen.rectangle([x + 12, y + 8, x + 15, y + 24], fill=_BAND)
     pen.rectangle([x + 5, y + 14, x + 22, y + 17], fill=_BAND)

@@ -1,5 +1,7 @@
 """Scenes as records of the official forms: COCO captions, GQA questions and GQA scene graphs."""
 
+from typing import Any, TypedDict
+
 from latent_jax.data.scenes.captions import OPPOSITE
 from latent_jax.data.scenes.questions import Draft
 from latent_jax.data.scenes.render import box
@@ -9,18 +11,26 @@ _SCOPES = (COLORS, SHAPES)
 _RELATION_NAMES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
 
-def coco_image(image_id: int, file_name: str) -> dict:
+class _Step(TypedDict):
+    """One step of a GQA program."""
+
+    operation: str
+    dependencies: list[int]
+    argument: str
+
+
+def coco_image(image_id: int, file_name: str) -> dict[str, int | str]:
     return {"license": 0, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "id": image_id}
 
 
-def coco_annotations(image_id: int, captions: list[str]) -> list[dict]:
+def coco_annotations(image_id: int, captions: list[str]) -> list[dict[str, int | str]]:
     return [
         {"image_id": image_id, "id": 10 * image_id + index, "caption": caption}
         for index, caption in enumerate(captions)
     ]
 
 
-def gqa_questions(image_id: int, drafts: list[Draft]) -> dict[str, dict]:
+def gqa_questions(image_id: int, drafts: list[Draft]) -> dict[str, dict[str, Any]]:
     """Question id -> record. An id is its image's followed by two digits."""
     ids = [f"{image_id}{number:02}" for number in range(len(drafts))]
     return {
@@ -42,7 +52,7 @@ def gqa_choices(draft: Draft) -> dict[str, list[str]]:
     return {"valid": list(scope), "plausible": list(draft.choices)}
 
 
-def gqa_scene_graph(image_id: int, scene: Scene) -> dict:
+def gqa_scene_graph(image_id: int, scene: Scene) -> dict[str, Any]:
     """Objects with their boxes (pixels), attributes and relations to all others."""
     objects = {}
     for index, thing in enumerate(scene.things):
@@ -67,11 +77,11 @@ def gqa_scene_graph(image_id: int, scene: Scene) -> dict:
     return {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "objects": objects}
 
 
-def _object_id(image_id, index):
+def _object_id(image_id: int, index: int) -> str:
     return str(10 * image_id + index)
 
 
-def _question(image_id, question_id, draft, entailed):
+def _question(image_id: int, question_id: str, draft: Draft, entailed: list[str]) -> dict[str, Any]:
     program = _program(image_id, draft)
     return {
         "semantic": program,
@@ -89,14 +99,15 @@ def _question(image_id, question_id, draft, entailed):
     }
 
 
-def _entails(draft, other):
+def _entails(draft: Draft, other: Draft) -> bool:
     """Whoever knows that the ball is red, or that the red object is a ball, knows that there is a red ball."""
     return draft.task in ("color", "shape") and other.task == "exist" and other.things == draft.things
 
 
-def _program(image_id, draft):
+def _program(image_id: int, draft: Draft) -> list[_Step]:
     """A chain of steps; each `select` starts anew and names its objects, a comparison takes all that were selected."""
-    steps, selects = [], []
+    steps: list[_Step] = []
+    selects: list[int] = []
     for index, (operation, argument) in enumerate(draft.program):
         dependencies = [index - 1] if index else []
         if operation == "select":
@@ -110,6 +121,6 @@ def _program(image_id, draft):
     return steps
 
 
-def _step_text(step):
+def _step_text(step: _Step) -> str:
     places = ",".join(map(str, step["dependencies"]))
     return f"{step['operation']}: {step['argument']}" + (f" [{places}]" if places else "")

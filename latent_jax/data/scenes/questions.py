@@ -8,9 +8,10 @@ import collections
 import itertools
 import random
 import typing
+from collections.abc import Iterable, Iterator
 
 from latent_jax.data.scenes.captions import OPPOSITE, RELATION, name
-from latent_jax.data.scenes.world import COLORS, COLUMNS, ROWS, SHAPES, SIZES, Scene, allowed
+from latent_jax.data.scenes.world import COLORS, COLUMNS, ROWS, SHAPES, SIZES, Combination, Scene, Thing, allowed
 
 TASKS = ("exist", "color", "shape", "size", "count", "same", "nearest", "where", "relation")
 COUNTS = ("0", "1", "2", "3")
@@ -18,6 +19,8 @@ ANSWERS = ("yes", "no", *COLORS, *SHAPES, *SIZES, *COUNTS, *ROWS, *COLUMNS, "lef
 _SLACK = 3
 _TOLERANCE = 1.15
 _ENOUGH = 3
+Pool = tuple[Combination, ...]
+_T = typing.TypeVar("_T")
 
 
 class Draft(typing.NamedTuple):
@@ -40,15 +43,15 @@ class Asker:
 
     def __init__(self, split: str):
         self._allowed = allowed(split)
-        self._answered = collections.defaultdict(collections.Counter)
+        self._answered: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
     def ask(self, scene: Scene, rng: random.Random) -> list[Draft]:
         """At most one question a task."""
         drafts = (self._choose(task(scene, rng, self._allowed), rng) for task in _TASKS)
         return [draft for draft in drafts if draft]
 
-    def _choose(self, drafts, rng):
-        drafts = list(drafts)
+    def _choose(self, offered: Iterable[Draft], rng: random.Random) -> Draft | None:
+        drafts = list(offered)
         rng.shuffle(drafts)
         if not drafts:
             return None
@@ -59,18 +62,18 @@ class Asker:
         counts[draft.answer] += 1
         return draft
 
-    def _excess(self, draft):
+    def _excess(self, draft: Draft) -> int:
         counts = self._answers(draft)
         return counts[draft.answer] - min(counts.values())
 
-    def _answers(self, draft):
+    def _answers(self, draft: Draft) -> collections.Counter[str]:
         counts = self._answered[draft.question]
         if not counts:
             counts.update(dict.fromkeys(draft.choices, 0))
         return counts
 
 
-def _exist(scene, rng, pool):
+def _exist(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     """Half of the absent ones have a colour and a shape that are both there, on different things."""
     present = {(thing.color, thing.shape): index for index, thing in enumerate(scene.things)}
     (color, shape), index = rng.choice(list(present.items()))
@@ -81,7 +84,7 @@ def _exist(scene, rng, pool):
     yield _exists(color, shape, ())
 
 
-def _exists(color, shape, things):
+def _exists(color: str, shape: str, things: tuple[int, ...]) -> Draft:
     answer = "yes" if things else "no"
     full = f"Yes, there is a {color} {shape}." if things else f"No, there is no {color} {shape}."
     return Draft(
@@ -97,13 +100,13 @@ def _exists(color, shape, things):
     )
 
 
-def _unique(scene, attribute):
+def _unique(scene: Scene, attribute: str) -> list[tuple[int, Thing]]:
     """(index, thing) of the things whose value of `attribute` no other thing has."""
     counts = collections.Counter(getattr(thing, attribute) for thing in scene.things)
     return [(i, thing) for i, thing in enumerate(scene.things) if counts[getattr(thing, attribute)] == 1]
 
 
-def _color(scene, rng, pool):
+def _color(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     for index, thing in _unique(scene, "shape"):
         possible = tuple(color for color in COLORS if (color, thing.shape) in pool)
         yield Draft(
@@ -120,7 +123,7 @@ def _color(scene, rng, pool):
         )
 
 
-def _shape(scene, rng, pool):
+def _shape(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     for index, thing in _unique(scene, "color"):
         possible = tuple(shape for shape in SHAPES if (thing.color, shape) in pool)
         yield Draft(
@@ -137,7 +140,7 @@ def _shape(scene, rng, pool):
         )
 
 
-def _size(scene, rng, pool):
+def _size(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     for index, thing in enumerate(scene.things):
         yield Draft(
             "size",
@@ -152,7 +155,7 @@ def _size(scene, rng, pool):
         )
 
 
-def _number(scene, rng, pool):
+def _number(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     kinds = [("shape", shape, f"{shape}s") for shape in SHAPES] + [
         ("color", color, f"{color} objects") for color in COLORS
     ]
@@ -177,7 +180,7 @@ def _number(scene, rng, pool):
         )
 
 
-def _same(scene, rng, pool):
+def _same(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     """Colours are compared of things named by shape, shapes of things named by colour, sizes of any."""
     every = list(enumerate(scene.things))
     sides = (
@@ -203,7 +206,7 @@ def _same(scene, rng, pool):
             )
 
 
-def _nearest(scene, rng, pool):
+def _nearest(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     """The nearest of the things on one side of another one, where no second thing is as near."""
     for (i, thing), side in _some(rng, itertools.product(enumerate(scene.things), OPPOSITE)):
         found = sorted(
@@ -232,11 +235,11 @@ def _nearest(scene, rng, pool):
             )
 
 
-def _distance(scene, thing, other):
+def _distance(scene: Scene, thing: Thing, other: Thing) -> int:
     return sum((a - b) ** 2 for a, b in zip(scene.center(thing), scene.center(other), strict=True))
 
 
-def _where(scene, rng, pool):
+def _where(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     for i, thing in enumerate(scene.things):
         for line, value, choices in (("row", scene.row(thing), ROWS), ("column", scene.column(thing), COLUMNS)):
             yield Draft(
@@ -253,7 +256,7 @@ def _where(scene, rng, pool):
             )
 
 
-def _relation(scene, rng, pool):
+def _relation(scene: Scene, rng: random.Random, pool: Pool) -> Iterator[Draft]:
     """Which of two opposite sides, or whether it is one; nothing is asked of things that are level."""
     for (i, one), (j, other) in _some(rng, itertools.permutations(enumerate(scene.things), 2)):
         for side, back in (("left", "right"), ("above", "below")):
@@ -289,13 +292,13 @@ def _relation(scene, rng, pool):
             )
 
 
-def _some(rng, combinations):
+def _some(rng: random.Random, combinations: Iterable[_T]) -> list[_T]:
     """A few of many: enough to balance the answers, and the world is written several times faster."""
-    combinations = list(combinations)
-    return rng.sample(combinations, min(_ENOUGH, len(combinations)))
+    every = list(combinations)
+    return rng.sample(every, min(_ENOUGH, len(every)))
 
 
-def _select(thing):
+def _select(thing: Thing) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("select", thing.shape), ("filter color", thing.color)
 
 

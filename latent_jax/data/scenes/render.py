@@ -4,10 +4,11 @@ import functools
 import math
 import struct
 import zlib
+from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
-from latent_jax.data.scenes.world import CELL, IMAGE_SIZE, Scene
+from latent_jax.data.scenes.world import CELL, IMAGE_SIZE, Scene, Thing
 
 BACKGROUND = (224, 224, 220)
 RGB = {
@@ -21,6 +22,9 @@ RGB = {
 RADIUS = {"large": 12, "small": 7}
 TILE = CELL - 2  # things of the free placement stand 28 pixels apart: their tiles never touch
 _SCALE = 8
+_Color = tuple[int, ...]
+_Points = list[tuple[float, float]]
+_ToPixels = Callable[[_Points], _Points]  # from a sprite of radius 1 around (0, 0)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -44,20 +48,20 @@ def encode(image: Image.Image) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def box(scene: Scene, thing) -> tuple[int, int, int, int]:
+def box(scene: Scene, thing: Thing) -> tuple[int, int, int, int]:
     """x, y (top left corner), width and height in pixels."""
     (x, y), radius = scene.center(thing), RADIUS[thing.size]
     return x - radius, y - radius, 2 * radius, 2 * radius
 
 
 @functools.cache
-def sprite(shape, color, size, material):
+def sprite(shape: str, color: str, size: str, material: str) -> Image.Image:
     canvas = Image.new("RGB", (TILE * _SCALE, TILE * _SCALE), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     middle, radius = TILE * _SCALE / 2, RADIUS[size] * _SCALE
     base = RGB[color]
 
-    def points(pairs):
+    def points(pairs: _Points) -> _Points:
         return [(middle + radius * x, middle + radius * y) for x, y in pairs]
 
     {"ball": _ball, "cube": _cube, "cone": _cone, "star": _star}[shape](draw, points, base)
@@ -66,31 +70,31 @@ def sprite(shape, color, size, material):
     return canvas.reduce(_SCALE)
 
 
-def _shade(base, amount):
+def _shade(base: _Color, amount: float) -> _Color:
     """Towards white (amount > 0) or black (amount < 0)."""
     end = 255 if amount > 0 else 0
     return tuple(round(value + (end - value) * abs(amount)) for value in base)
 
 
-def _ball(draw, points, base):
+def _ball(draw: ImageDraw.ImageDraw, points: _ToPixels, base: _Color) -> None:
     draw.ellipse([*points([(-1, -1), (1, 1)])], fill=_shade(base, -0.25))
     draw.ellipse([*points([(-0.92, -0.94), (0.8, 0.78)])], fill=base)
     draw.ellipse([*points([(-0.55, -0.6), (-0.1, -0.15)])], fill=_shade(base, 0.6))
 
 
-def _cube(draw, points, base):
+def _cube(draw: ImageDraw.ImageDraw, points: _ToPixels, base: _Color) -> None:
     draw.polygon(points([(-0.92, -0.5), (0.5, -0.5), (0.5, 0.92), (-0.92, 0.92)]), fill=base)
     draw.polygon(points([(-0.92, -0.5), (-0.5, -0.92), (0.92, -0.92), (0.5, -0.5)]), fill=_shade(base, 0.45))
     draw.polygon(points([(0.5, -0.5), (0.92, -0.92), (0.92, 0.5), (0.5, 0.92)]), fill=_shade(base, -0.4))
 
 
-def _cone(draw, points, base):
+def _cone(draw: ImageDraw.ImageDraw, points: _ToPixels, base: _Color) -> None:
     draw.ellipse([*points([(-0.95, 0.45), (0.95, 1)])], fill=_shade(base, -0.3))
     draw.polygon(points([(0, -1), (0.95, 0.72), (-0.95, 0.72)]), fill=base)
     draw.polygon(points([(0, -1), (0.95, 0.72), (0.3, 0.9)]), fill=_shade(base, -0.3))
 
 
-def _star(draw, points, base):
+def _star(draw: ImageDraw.ImageDraw, points: _ToPixels, base: _Color) -> None:
     corners = []
     for corner in range(10):
         reach = 0.42 if corner % 2 else 1.0
@@ -99,7 +103,7 @@ def _star(draw, points, base):
     draw.polygon(points(corners), fill=base)
 
 
-def _stripe(canvas, radius):
+def _stripe(canvas: Image.Image, radius: int) -> Image.Image:
     """White bars over the thing (everything that is not background)."""
     bars = canvas.copy()
     draw = ImageDraw.Draw(bars)
@@ -112,6 +116,6 @@ def _stripe(canvas, radius):
     return Image.composite(bars, canvas, different)
 
 
-def _flat(image):
+def _flat(image: Image.Image) -> list[bytes]:
     data = image.tobytes()
     return [data[i : i + 3] for i in range(0, len(data), 3)]

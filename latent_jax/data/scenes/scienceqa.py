@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.scenes import world
 from latent_jax.data.scenes.captions import full
@@ -32,7 +33,8 @@ _LECTURE = "A scene is a square of four rows and four columns. Every thing in it
 def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
     """Writes `sizes` problems a split."""
     directory.mkdir(parents=True, exist_ok=True)
-    problems, pids = {}, {}
+    problems: dict[str, dict[str, Any]] = {}
+    pids: dict[str, list[str]] = {}
     for split, size in sizes.items():
         asker = Asker(split)
         pids[_OFFICIAL[split]] = []
@@ -50,15 +52,15 @@ def write(directory: Path, *, seed: int, sizes: Mapping[str, int]) -> None:
     (directory / "pid_splits.json").write_text(json.dumps(pids))
 
 
-def _problem(rng, split, number, asker):
+def _problem(rng: random.Random, split: str, number: int, asker: Asker) -> tuple[dict[str, Any], bytes | None]:
     """(official record, PNG bytes or None)."""
     kind = number % 4
     if kind == 3:
         return _record(split, rng, *_vocabulary(rng, number // 4)), None
-    drafts = []
-    while not drafts:  # the asker asks nothing of a scene that would tip the balance of its answers
+    while True:
         scene = world.sample(rng, split, placement="grid", objects=(2, 4), striped=0.0)
-        drafts = asker.ask(scene, rng)
+        if drafts := asker.ask(scene, rng):  # none where every question would tip the balance of the answers
+            break
     draft = rng.choice(drafts)
     choices = options(draft.answer, draft.choices, rng.randrange(4), 4, rng)
     subject = "social science" if draft.task in _SOCIAL else "natural science"
@@ -67,7 +69,7 @@ def _problem(rng, split, number, asker):
     return _record(split, rng, *text, image=kind != 2), encode(render(scene)) if kind != 2 else None
 
 
-def _vocabulary(rng, number):
+def _vocabulary(rng: random.Random, number: int) -> tuple[str, list[str], int, str, str, str, str]:
     """Which of the words names a color? One does, the others name something else."""
     wanted = list(_WORDS)[number % len(_WORDS)]
     answer = rng.choice(_WORDS[wanted])
@@ -78,7 +80,18 @@ def _vocabulary(rng, number):
     return question, choices, choices.index(answer), "", "language science", wanted, solution
 
 
-def _record(split, rng, question, choices, answer, hint, subject, skill, solution, image=False):
+def _record(
+    split: str,
+    rng: random.Random,
+    question: str,
+    choices: list[str],
+    answer: int,
+    hint: str,
+    subject: str,
+    skill: str,
+    solution: str,
+    image: bool = False,
+) -> dict[str, Any]:
     return {
         "question": question,
         "choices": choices,

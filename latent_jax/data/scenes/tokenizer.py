@@ -11,6 +11,7 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 from latent_jax.data.scenes.captions import captions
 from latent_jax.data.scenes.chat_template import CHAT_TEMPLATE
@@ -109,7 +110,7 @@ def _byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(hidden)}
 
 
-def _words() -> collections.Counter:
+def _words() -> collections.Counter[str]:
     """Pre-tokenised words of the world's texts and of the scaffolding, with how often they occur."""
     texts = []
     for placement in PLACEMENTS:
@@ -129,12 +130,12 @@ def _words() -> collections.Counter:
     return collections.Counter(word for text in texts for word in pattern.findall(text))
 
 
-def _train(words: collections.Counter, alphabet: dict[int, str]) -> list[tuple[str, str]]:
+def _train(words: collections.Counter[str], alphabet: dict[int, str]) -> list[tuple[str, str]]:
     """Byte-pair merges, the most frequent pair first (ties by spelling), until every word is one piece."""
     split = {tuple(alphabet[byte] for byte in word.encode()): count for word, count in words.items()}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
-        pairs = collections.Counter()
+        pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         for pieces, count in split.items():
             for pair in zip(pieces, pieces[1:], strict=False):
                 pairs[pair] += count
@@ -145,8 +146,8 @@ def _train(words: collections.Counter, alphabet: dict[int, str]) -> list[tuple[s
         split = {_merge(pieces, best): count for pieces, count in split.items()}
 
 
-def _merge(pieces, pair):
-    merged = []
+def _merge(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
     for piece in pieces:
         if merged and (merged[-1], piece) == pair:
             merged[-1] += piece
@@ -155,7 +156,7 @@ def _merge(pieces, pair):
     return tuple(merged)
 
 
-def _tokenizer(vocabulary, merges, ids):
+def _tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], ids: dict[str, int]) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
@@ -187,7 +188,7 @@ def _tokenizer(vocabulary, merges, ids):
     }
 
 
-def _added(token):
+def _added(token: str) -> dict[str, str | bool]:
     return {
         "content": token,
         "single_word": False,
@@ -198,7 +199,7 @@ def _added(token):
     }
 
 
-def _tokenizer_config(ids):
+def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -217,7 +218,7 @@ def _tokenizer_config(ids):
     }
 
 
-def _preprocessor_config():
+def _preprocessor_config() -> dict[str, Any]:
     """Published mean, std and patching; pixel limits around the world's 112 x 112 (56 x 56 to 224 x 224)."""
     return {
         "min_pixels": 56 * 56,

@@ -9,6 +9,7 @@ the cells.
 import dataclasses
 import random
 import zlib
+from collections.abc import Sequence
 
 IMAGE_SIZE = 112
 CELL = 28
@@ -23,6 +24,7 @@ COLUMNS = ("leftmost", "left", "right", "rightmost")
 PLACEMENTS = ("grid", "free")
 SPLITS = ("train", "validation", "test", "compositional")
 
+Combination = tuple[str, str]  # colour, shape
 COMBINATIONS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 HELD_OUT = frozenset({("purple", "ball"), ("green", "cube"), ("blue", "cone"), ("red", "star")})
 
@@ -72,7 +74,7 @@ class Scene:
         return (gap if direction in ("left", "above") else -gap) > CELL // 2
 
 
-def allowed(split: str) -> tuple[tuple[str, str], ...]:
+def allowed(split: str) -> tuple[Combination, ...]:
     """(colour, shape) combinations that a split may show or mention."""
     return COMBINATIONS if split == "compositional" else tuple(c for c in COMBINATIONS if c not in HELD_OUT)
 
@@ -94,10 +96,10 @@ def sample(rng: random.Random, split: str, *, placement: str, objects: tuple[int
             return scene
 
 
-def _combinations(rng, pool, count):
+def _combinations(rng: random.Random, pool: Sequence[Combination], count: int) -> list[Combination]:
     """Distinct combinations; every other scene has a theme (a shared colour or shape), or counts above one are rare."""
     theme = rng.random()
-    chosen = []
+    chosen: list[Combination] = []
     if theme < 0.5:
         part = 0 if theme < 0.25 else 1
         value = rng.choice((COLORS, SHAPES)[part])
@@ -109,11 +111,11 @@ def _combinations(rng, pool, count):
     return chosen
 
 
-def _places(rng, count, placement):
+def _places(rng: random.Random, count: int, placement: str) -> list[tuple[int, int]]:
     if placement == "grid":
         side = IMAGE_SIZE // CELL
         return [divmod(cell, side)[::-1] for cell in rng.sample(range(side * side), count)]
-    places = []
+    places: list[tuple[int, int]] = []
     while len(places) < count:
         x, y = rng.randrange(LATTICE), rng.randrange(LATTICE)
         if all(max(abs(x - a), abs(y - b)) >= _FREE_GAP for a, b in places):

@@ -1,16 +1,17 @@
 """Writes the world in the official on-disk forms of COCO captions and of GQA."""
 
+import functools
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from latent_jax.data.scenes import official
 from latent_jax.data.scenes.captions import captions
 from latent_jax.data.scenes.questions import Asker
 from latent_jax.data.scenes.render import encode, render
-from latent_jax.data.scenes.world import PLACEMENTS, SPLITS, sample
+from latent_jax.data.scenes.world import PLACEMENTS, SPLITS, Scene, sample
 from latent_jax.errors import UserError
 
 VERSION = "1.2.0"
@@ -43,10 +44,11 @@ def write(
     for folder in ("coco/annotations", "gqa/questions", "gqa/sceneGraphs", "gqa/images", "gqa/eval"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
-        _write_split(directory, split, size, seed, {"placement": placement, "objects": objects, "striped": striped})
+        draw = functools.partial(sample, split=split, placement=placement, objects=objects, striped=striped)
+        _write_split(directory, split, size, seed, draw)
 
 
-def _check(sizes, placement, objects, striped):
+def _check(sizes: Mapping[str, int], placement: str, objects: tuple[int, int], striped: float) -> None:
     for split, size in sizes.items():
         if split not in SPLITS:
             raise UserError(f"scenes: no split {split!r}, expected one of {', '.join(SPLITS)}")
@@ -60,20 +62,19 @@ def _check(sizes, placement, objects, striped):
         raise UserError(f"scenes: striped {striped}, expected a share from 0 to 1")
 
 
-def _write_split(directory, split, size, seed, options):
+def _write_split(directory: Path, split: str, size: int, seed: int, draw: Callable[[random.Random], Scene]) -> None:
     (directory / "coco" / split).mkdir(exist_ok=True)
     asker = Asker(split)
-    images, annotations, questions, graphs, choices = (
-        [],
-        [],
-        [],
-        [],
-        [],
-    )  # JSON texts: as objects they would burden the collector
+    # JSON texts: as objects they would burden the collector.
+    images: list[str] = []
+    annotations: list[str] = []
+    questions: list[str] = []
+    graphs: list[str] = []
+    choices: list[str] = []
     for number in range(size):
         image_id = SPLITS.index(split) * _MOST + number + 1
         rng = random.Random(f"{seed} {split} {number}")
-        scene = sample(rng, split, **options)
+        scene = draw(rng)
         file = directory / "coco" / split / f"{image_id:012}.png"
         file.write_bytes(encode(render(scene)))
         _link(file, directory / "gqa" / "images" / f"{image_id}.png")
@@ -93,7 +94,7 @@ def _write_split(directory, split, size, seed, options):
     (directory / "gqa" / "sceneGraphs" / f"{split}_sceneGraphs.json").write_text(f"{{{', '.join(graphs)}}}")
 
 
-def _link(file, other):
+def _link(file: Path, other: Path) -> None:
     try:
         os.link(file, other)
     except OSError:  # a file system without hard links
