@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
@@ -15,7 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from latent_jax.data import checks
 from latent_jax.data.builders import parts
 from latent_jax.data.builders.files import as_json, is_unicode
-from latent_jax.data.builders.parts import Part, Record
+from latent_jax.data.builders.parts import Part, Record, Written
 from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError, one_line
 from latent_jax.runtime.files import write_text
@@ -76,7 +76,8 @@ def each(
             yield made
 
 
-class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS has no annotations that the checker reads: it knows no keyword of its classes.
+class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A TFDS builder over official files in `raw`.
 
     A subclass states `name`, NOUN, `find() -> {split: place}`, `parts(place, tally)`, which lists the parts of a split,
@@ -88,11 +89,16 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     NOUN = "image"
     PUBLISHED: dict[str, int] = {}  # records of the published splits: another number is another version, or a part
 
+    def __init_subclass__(cls, *, skip_registration: bool = True, **options: Any) -> None:
+        """Stays out of the registry of TFDS, which has a coco_captions of its own."""
+        super().__init_subclass__(skip_registration=skip_registration, **options)
+
     def __init__(
         self, *, raw: Path, work: Path, max_bad: float, workers: int | None = None, called: str = "", **options: Any
     ):
         self.called = called or self.name  # what the bars say
-        self.raw, self.work, self.tallies = Path(raw), Path(work), []
+        self.raw, self.work = Path(raw), Path(work)
+        self.tallies: list[Tally] = []
         self._max_bad, self._workers = max_bad, workers or os.cpu_count() or 1
         super().__init__(file_format="array_record", **options)
 
@@ -117,7 +123,7 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 download_dir=unused, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Sequence(tfds.features.Text())
         images = tfds.features.Sequence(tfds.features.Image())
         features = {"key": tfds.features.Text(), "images": images, "helper_images": images}
@@ -129,10 +135,11 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-    def _download_and_prepare(self, dl_manager, download_config):
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         """TFDS would keep a split in memory or write it twice, from one thread, and start again after a kill."""
-        infos, groups = [], {}
-        sums = {}
+        infos: list[tfds.core.SplitInfo] = []
+        groups: dict[str, list[tuple[str, int]]] = {}
+        sums: dict[str, dict[str, int]] = {}
         for split, place in self._shaped(self.find).items():
             written = self._write(split, place)
             template = self._get_filename_template(split_name=split)
@@ -153,14 +160,14 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._write_extras(groups)
         write_text(Path(self.data_path) / checks.FILE, json.dumps(sums, indent=1) + "\n")
 
-    def _shaped(self, read, *arguments):
+    def _shaped(self, read: Callable[..., T], *arguments: Any) -> T:
         try:
             return read(*arguments)
         except _ODD as error:
             said = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"{self.raw}: not {self.name} in its official form ({said})") from None
 
-    def _write(self, split, place):
+    def _write(self, split: str, place: Any) -> Written:
         tally = Tally(split)
         self.tallies.append(tally)
         failed = self.work / f"{split}.failed"
@@ -188,7 +195,7 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             tally.note(f"{sum(written.lengths)} records, where the published split has {self.PUBLISHED[split]}")
         return written
 
-    def _write_extras(self, groups):
+    def _write_extras(self, groups: dict[str, list[tuple[str, int]]]) -> None:
         """Every skipped record, one a line, and where the groups of each split are."""
         lines = [
             json.dumps({"split": tally.split, "kind": kind, "reason": reason, "records": count})
@@ -199,14 +206,14 @@ class RawBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if any(name for runs in groups.values() for name, _ in runs):
             write_text(Path(self.data_path) / "groups.json", json.dumps(groups))
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> NoReturn:
         raise NotImplementedError("unused: see _download_and_prepare")
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> NoReturn:
         raise NotImplementedError("unused: see _download_and_prepare")
 
 
-def _link(file, other):
+def _link(file: Path, other: str | os.PathLike) -> None:
     try:
         os.link(file, other)
     except OSError:  # a file system without hard links

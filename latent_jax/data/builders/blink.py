@@ -21,7 +21,7 @@ _IMAGES = ("image_1", "image_2", "image_3", "image_4")
 _SPLITS = {"val": "validation", "test": "test", "train": "train"}
 
 
-class Blink(RawBuilder, skip_registration=True):
+class Blink(RawBuilder):
     """One record a question with one to four images; its group is the sub-task. Test answers are "hidden"."""
 
     name = "blink"
@@ -30,7 +30,7 @@ class Blink(RawBuilder, skip_registration=True):
 
     def find(self) -> dict[str, Any]:
         """Split -> its parquet files, by sub-task."""
-        found = {}
+        found: dict[str, list[Path]] = {}
         for file in sorted(self.raw.rglob("*.parquet")):
             split = _SPLITS.get(file.name.split("-")[0].split(".")[0])
             if split:
@@ -86,7 +86,7 @@ def _open(file: Path) -> pq.ParquetFile:
     return table
 
 
-def _record(entry, file):
+def _record(entry: dict[str, Any], file: Path) -> Record:
     if not is_text(entry["idx"]) or not is_text(entry["question"]):
         raise ValueError("no idx or no question")
     if entry["sub_task"] not in SUB_TASKS:
@@ -105,7 +105,7 @@ def _record(entry, file):
     return record(entry["idx"], images=images, questions=[question], group=entry["sub_task"])
 
 
-def _image(cell, name, file):
+def _image(cell: Any, name: str, file: Path) -> bytes:
     """A cell is {"bytes", "path"}; either may be missing."""
     if not isinstance(cell, dict):
         raise ValueError(f"{name} is a {type(cell).__name__}, expected its bytes and path")
@@ -123,5 +123,5 @@ def _image(cell, name, file):
     return check_image(data, name)
 
 
-def _line(error):
+def _line(error: BaseException) -> str:
     return one_line(error)[:200] or type(error).__name__

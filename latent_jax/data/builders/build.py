@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from latent_jax.errors import UserError
 from latent_jax.runtime.files import write_text
@@ -84,7 +84,7 @@ def build_scenes(
     """
     from latent_jax.data import scenes
 
-    def write(raw):
+    def write(raw: Path) -> None:
         scenes.write(raw, seed=seed, sizes=sizes or scenes.SIZES, **options)
 
     called = {"coco_captions": "scenes, captions", "gqa": "scenes, questions"}
@@ -102,13 +102,19 @@ def build_scenes_benchmark(
     """Writes the procedural world as benchmark `name` (scienceqa, blink, vsp) to `output`/raw and prepares it."""
     from latent_jax.data.scenes import benchmarks
 
-    def write(raw):
+    def write(raw: Path) -> None:
         benchmarks.write(name, raw / name, seed=seed, sizes=sizes)
 
     _build_made(output, write, {name: name}, {name: f"scenes_{name}"}, wait)
 
 
-def _build_made(output, write, folders, called, wait):
+def _build_made(
+    output: str | os.PathLike,
+    write: Callable[[Path], None],
+    folders: Mapping[str, str],
+    called: Mapping[str, str],
+    wait: bool,
+) -> None:
     """Works beside `output`, which appears whole. What a kill leaves there, the next start clears."""
     output = Path(output).absolute()
     folder = output.parent / f".{output.name}.prepare"
@@ -129,7 +135,9 @@ def _build_made(output, write, folders, called, wait):
             shutil.rmtree(work / "parts", ignore_errors=True)
 
 
-def _run(name, raw, data_dir, work, max_bad, workers, called=""):
+def _run(
+    name: str, raw: Path, data_dir: Path, work: Path, max_bad: float, workers: int | None, called: str = ""
+) -> list[str]:
     module = importlib.import_module(f"latent_jax.data.builders.{name}")
     with _temporary_in(work / "temporary"):
         builder = getattr(module, BUILDERS[name])(
@@ -155,7 +163,7 @@ def _temporary_in(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rename(folder, target):
+def _rename(folder: Path, target: Path) -> None:
     _check_absent(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +172,7 @@ def _rename(folder, target):
         raise UserError(f"{target}: cannot be written ({error})") from error
 
 
-def _check_absent(folder):
+def _check_absent(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there; remove it or name another --output")
 
@@ -183,7 +191,7 @@ def _work_folder(folder: Path, wait: bool = False) -> Iterator[Path]:
         _remove(folder)
 
 
-def _remove(folder):
+def _remove(folder: Path) -> None:
     """The record that all is done, and the lock, go last: a kill on the way leaves what the next start can end."""
     for inside in list(folder.iterdir()):
         if inside.name not in (_DONE, "lock"):
@@ -191,7 +199,7 @@ def _remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked(folder, wait):
+def _locked(folder: Path, wait: bool) -> TextIO:
     """The folder's lock, held. Whoever held it before may have removed the folder: then it is begun anew."""
     while True:
         try:

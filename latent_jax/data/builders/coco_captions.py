@@ -12,16 +12,17 @@ from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 _SHAPE = '{"images": [{"id", "file_name"}, ...], "annotations": [{"id", "image_id", "caption"}, ...]}'
+_Image = tuple[int, str, str, list[str]]  # its id, the official split, file_name, captions
 
 
-class CocoCaptions(RawBuilder, skip_registration=True):
+class CocoCaptions(RawBuilder):
     """One record an image: `key` is its id, `captions` in the file's order."""
 
     name = "coco_captions"
 
     def find(self) -> dict[str, Any]:
         """Split -> (captions file, official split name)."""
-        found = {}
+        found: dict[str, tuple[Path, str]] = {}
         for file in sorted(self.raw.glob("annotations/captions_*.json")):
             official = file.stem.removeprefix("captions_")
             split = split_name(official)
@@ -33,11 +34,12 @@ class CocoCaptions(RawBuilder, skip_registration=True):
         return found
 
     def parts(self, place: Any, tally: Tally) -> list[Part]:
-        """Images with usable captions, some at a time: (image id, file, captions)."""
+        """Images with usable captions, some at a time."""
         file, official = place
         content = read_json(file, dict, _SHAPE)
         captions = _captions(file, content, tally)
-        ids, usable = set(), []
+        ids: set[int] = set()
+        usable: list[_Image] = []
         for image in _list(file, content, "images"):
             if not isinstance(image, dict) or type(image.get("id")) is not int or not is_text(image.get("file_name")):
                 reason = f"an image without an integer id or a file_name: {str(image)[:80]}"
@@ -58,7 +60,7 @@ class CocoCaptions(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (file,))
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: _Image) -> Record:
             image_id, official, file_name, captions = item
             try:
                 file = _locate(self.raw, official, file_name)
@@ -69,9 +71,10 @@ class CocoCaptions(RawBuilder, skip_registration=True):
         return each(part.place, "image", tally, make, lambda item: str(item[0]))
 
 
-def _captions(file, content, tally):
+def _captions(file: Path, content: dict[str, Any], tally: Tally) -> dict[int, list[str]]:
     """Image id -> captions in the file's order."""
-    captions, ids = {}, set()
+    captions: dict[int, list[str]] = {}
+    ids: set[int | str] = set()
     for annotation in _list(file, content, "annotations"):
         tally.see("caption")
         annotation_id = annotation.get("id") if isinstance(annotation, dict) else None
@@ -93,7 +96,7 @@ def _captions(file, content, tally):
     return captions
 
 
-def _list(file, content, key):
+def _list(file: Path, content: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(content.get(key), list) or not content[key]:
         got = "missing" if key not in content else "empty" if content[key] == [] else f"a {type(content[key]).__name__}"
         raise UserError(f"{file}: expected {_SHAPE}, but {key!r} is {got}")

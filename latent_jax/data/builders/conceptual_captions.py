@@ -19,18 +19,19 @@ from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 _FOLDERS = {"train": "training", "validation": "validation"}
+_Row = tuple[int, str, Path]  # its number, the caption, the image file
 
 
-class ConceptualCaptions(RawBuilder, skip_registration=True):
+class ConceptualCaptions(RawBuilder):
     """One record an image with its one caption; `key` is the shard's, or the row of the TSV."""
 
     name = "conceptual_captions"
 
     def find(self) -> dict[str, Any]:
         """Split -> shards, or the TSV."""
-        if found := webdataset.find(self.raw):
-            return found
-        found = {}
+        if shards := webdataset.find(self.raw):
+            return shards
+        found: dict[str, Path] = {}
         for file in sorted(self.raw.glob("*.tsv")):
             split = "validation" if file.name.lower().startswith("val") else "train"
             if split in found:
@@ -57,15 +58,15 @@ class ConceptualCaptions(RawBuilder, skip_registration=True):
             yield from webdataset.examples(part.place, tally)
             return
 
-        def make(row):
+        def make(row: _Row) -> Record:
             number, caption, file = row
             return record(f"{number}", images=[read_image(file)], captions=[caption])
 
         yield from each(part.place, "image", tally, make, lambda row: f"of row {row[0]}")
 
 
-def _rows(file, images, tally):
-    """(row number, caption, image file) of the rows whose image is there."""
+def _rows(file: Path, images: dict[str, Path], tally: Tally) -> list[_Row]:
+    """The rows whose image is there."""
     rows = []
     if not file.is_file():  # a FIFO would be waited for
         raise UserError(f"{file}: not a regular file")

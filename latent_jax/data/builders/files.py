@@ -5,7 +5,7 @@ import io
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from latent_jax.data import images
 from latent_jax.data.builders.tally import Tally
@@ -22,14 +22,14 @@ def read_json(file: Path, kind: type[T], shape: str) -> T:
     return files.read_json(file, kind, shape, _MOST)
 
 
-def read_entries(file: Path, shape: str, noun: str, tally: Tally) -> dict:
+def read_entries(file: Path, shape: str, noun: str, tally: Tally) -> dict[str, Any]:
     """The file's top-level object, not empty. A key that comes twice counts as a skipped `noun`: the first is kept.
 
     (Python's reader would keep the last and say nothing.)
     """
-    repeated = []
+    repeated: list[str] = []
 
-    def collect(pairs):
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal repeated
         content = dict(pairs)
         if len(content) == len(pairs):
@@ -52,7 +52,7 @@ def read_entries(file: Path, shape: str, noun: str, tally: Tally) -> dict:
     return content
 
 
-def read_json_lines(file: Path, noun: str, tally: Tally) -> list[tuple[int, dict]]:
+def read_json_lines(file: Path, noun: str, tally: Tally) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of a JSON Lines file; a line that is none is counted as a skipped `noun`."""
     entries = []
     try:
@@ -130,7 +130,7 @@ def check_image(data: bytes, name: str) -> bytes:
     return data
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Text with something in it. A lone surrogate, which JSON can write, is no character: UTF-8 cannot hold it."""
     return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
@@ -157,7 +157,7 @@ def as_json(value: Any) -> str:
     return text
 
 
-def are_texts(values: Any) -> bool:
+def are_texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and bool(values) and all(map(is_text, values))
 
 

@@ -24,7 +24,7 @@ _SHAPE = '{question id: {"imageId", "question", "answer", ...}}'
 _SUFFIX = "_balanced_questions"
 
 
-class Gqa(RawBuilder, skip_registration=True):
+class Gqa(RawBuilder):
     """One record an image: `key` is imageId, each question its official record with `id`.
 
     A hidden answer is "". `scene_graph` where the file has one; `choices` of a question ({"valid", "plausible"}) where
@@ -36,7 +36,7 @@ class Gqa(RawBuilder, skip_registration=True):
 
     def find(self) -> dict[str, Any]:
         """Split -> its file of balanced questions, in questions/, questions1.2/ or the folder itself."""
-        found = {}
+        found: dict[str, Path] = {}
         for file in sorted([*self.raw.glob(f"questions*/*{_SUFFIX}.json"), *self.raw.glob(f"*{_SUFFIX}.json")]):
             split = split_name(file.stem.removesuffix(_SUFFIX))
             if split in found:
@@ -56,14 +56,14 @@ class Gqa(RawBuilder, skip_registration=True):
         images = [(image_id, its, graphs.get(image_id)) for image_id, its in questions.items()]
         return parts.chunks(images, (place, *filter(None, files)))
 
-    def _beside(self, official, kind, folder=None):
+    def _beside(self, official: str, kind: str, folder: str | None = None) -> Path | None:
         """A file that is published for some splits only, or None."""
         name = f"{official}_{kind}.json"
         places = self.raw / (folder or kind) / name, self.raw / name
         return next((file for file in places if file.exists()), None)
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: tuple[str, list[str], Any]) -> Record:
             image_id, questions, graph = item
             extra = {"scene_graph": graph} if graph is not None else {}
             try:
@@ -75,9 +75,9 @@ class Gqa(RawBuilder, skip_registration=True):
         return each(part.place, "image", tally, make, lambda item: item[0])
 
 
-def _questions(file, choices, tally):
+def _questions(file: Path, choices: dict[str, Any], tally: Tally) -> dict[str, list[str]]:
     """Image id -> its questions in the file's order, as JSON texts: as objects a million would burden the collector."""
-    images = {}
+    images: dict[str, list[str]] = {}
     for question_id, question in read_entries(file, _SHAPE, "question", tally).items():
         tally.see("question")
         if not isinstance(question, dict) or not isinstance(question.get("imageId"), str):

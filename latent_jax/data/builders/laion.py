@@ -10,7 +10,7 @@ from latent_jax.data.builders.tally import Tally
 from latent_jax.errors import UserError
 
 
-class Laion(RawBuilder, skip_registration=True):
+class Laion(RawBuilder):
     """One record an image with its text as the one caption; `meta` holds url, similarity and what else the set says."""
 
     name = "laion"

@@ -17,7 +17,7 @@ from latent_jax.runtime.files import MOST_JSON, read_bytes
 _COLUMNS = ("Index", "Question", "Options", "Correct Answer")
 
 
-class Mmvp(RawBuilder, skip_registration=True):
+class Mmvp(RawBuilder):
     """One record a question; questions 2k-1 and 2k are a pair over two images that CLIP hardly tells apart."""
 
     name = "mmvp"
@@ -66,7 +66,7 @@ class Mmvp(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (place,))
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: tuple[str, dict[str, Any]]) -> Record:
             index, question = item
             try:
                 image = read_image(self.raw / "MMVP Images" / f"{index}.jpg")

@@ -5,14 +5,13 @@ dataset, one parquet file. It becomes one ArrayRecord file with a sidecar, which
 sidecar was never finished. The sidecar says what the part was made from; where that has changed, it is made again.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class Part:
         return hashlib.sha256(repr((self.label, self.size, stamps)).encode()).hexdigest()
 
 
-def _stamp(file):
+def _stamp(file: Path) -> tuple[str, int, int]:
     """A file that went, or a link to nowhere or to itself, is for `examples` to count."""
     place = os.path.realpath(file)  # Path.resolve raises over a link to itself
     try:
@@ -62,14 +61,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The parts of a split on disk that hold records, in order; `groups` are [name, records] runs over all of them."""
+    """The parts of a split on disk that hold records, in order; `groups` are (name, records) runs over all of them."""
 
     files: list[Path]
     lengths: list[int]
     bytes: int
-    groups: list[list]
+    groups: list[tuple[str, int]]
     tally: Tally
-    sums: list[dict]  # of each file: checks.checksum
+    sums: list[dict[str, int]]  # of each file: checks.checksum
 
 
 def chunks(items: list, files: tuple[Path, ...]) -> list[Part]:
@@ -99,13 +98,14 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
-    total = sum(part.size for part in parts) if all(part.size is not None for part in parts) else None
+    sizes = [part.size for part in parts if part.size is not None]
+    total = sum(sizes) if len(sizes) == len(parts) else None
     with (
-        _progress(title, total) as progress,
+        _Progress(title, total) as progress,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
 
-        def make(index, repeated=frozenset()):
+        def make(index: int, repeated: frozenset[int] = frozenset()) -> None:
             target = folder / f"{index:05}"
             if stop.is_set():
                 raise _Stopped
@@ -133,12 +133,23 @@ class _Stopped(Exception):
     """Another part failed, or the user has had enough."""
 
 
-def _make(target, part, read, split, noun, repeated, progress, stop):
+def _make(
+    target: Path,
+    part: Part,
+    read: Callable[[Part, Tally], Iterator[Record]],
+    split: str,
+    noun: str,
+    repeated: frozenset[int],
+    progress: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
     """Writes target.array_record, target.npy (hashes of the keys) and, when both are whole, target.json."""
     _file(target, ".json").unlink(missing_ok=True)
     temporary = _file(target, ".tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # as TFDS opens it
-    tally, keys, groups, total = Tally(split), {}, [], 0
+    tally, total = Tally(split), 0
+    keys: dict[int, None] = {}
+    groups: list[tuple[str, int]] = []
     try:
         for record in read(part, tally):
             if stop.is_set():
@@ -150,9 +161,8 @@ def _make(target, part, read, split, noun, repeated, progress, stop):
             keys[key] = None
             writer.write(record.data)
             total += len(record.data)
-            if not groups or groups[-1][0] != record.group:
-                groups.append([record.group, 0])
-            groups[-1][1] += 1
+            count = groups.pop()[1] if groups and groups[-1][0] == record.group else 0
+            groups.append((record.group, count + 1))
             progress(1)
     finally:
         writer.close()
@@ -164,7 +174,7 @@ def _make(target, part, read, split, noun, repeated, progress, stop):
     os.replace(temporary, _file(target, ".json"))
 
 
-def _finished(target, part, redo_skipped):
+def _finished(target: Path, part: Part, redo_skipped: bool) -> bool:
     """Nothing is synced to disk on the way, a part can be read again: after a crash of the machine sizes may differ."""
     try:
         sidecar = _sidecar(target)
@@ -179,21 +189,26 @@ def _finished(target, part, redo_skipped):
     return sidecar["made_from"] == part.made_from() and not (redo_skipped and skipped)
 
 
-def _repeated(targets):
+def _repeated(targets: list[Path]) -> dict[int, frozenset[int]]:
     """Part -> hashes of the keys that an earlier part has, for the parts that have any."""
     keys = [np.load(_file(target, ".npy")) for target in targets]
     every = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
     if len(np.unique(every)) == len(every):
         return {}
-    seen, found = set(), collections.defaultdict(set)
+    seen: set[int] = set()
+    found: dict[int, set[int]] = {}
     for index, each in enumerate(keys):
         found[index] = seen & set(each.tolist())
         seen |= set(each.tolist())
     return {index: frozenset(its) for index, its in found.items() if its}
 
 
-def _gather(targets, tally):
-    files, lengths, groups, total, sums = [], [], [], 0, []
+def _gather(targets: list[Path], tally: Tally) -> Written:
+    files: list[Path] = []
+    lengths: list[int] = []
+    groups: list[tuple[str, int]] = []
+    sums: list[dict[str, int]] = []
+    total = 0
     for target in targets:
         sidecar = _sidecar(target)
         tally.add([sidecar["tally"]])
@@ -201,47 +216,47 @@ def _gather(targets, tally):
             files.append(_file(target, ".array_record"))
             lengths.append(sidecar["records"])
             total += sidecar["bytes"]
-            groups += sidecar["groups"]
+            groups += [(name, count) for name, count in sidecar["groups"]]
             sums.append(sidecar["sum"])
     return Written(files, lengths, total, groups, tally, sums)
 
 
-def _wait(futures):
+def _wait(futures: Sequence[concurrent.futures.Future[None]]) -> None:
     """Raises the failure that stopped the others, once they have stopped."""
     concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
     for future in futures:
         future.cancel()  # does nothing where all are done
     concurrent.futures.wait(futures)  # the first to end may be one that was stopped
-    failures = [future.exception() for future in futures if not future.cancelled() and future.exception()]
+    failures = [failure for future in futures if not future.cancelled() and (failure := future.exception())]
     if failures:
         raise next((failure for failure in failures if not isinstance(failure, _Stopped)), failures[0])
 
 
-class _progress:
+class _Progress:
     """A bar of records that many threads move."""
 
-    def __init__(self, title, total):
+    def __init__(self, title: str, total: int | None):
         self._bar = tqdm.tqdm(desc=title, total=total, unit=" records", mininterval=1.0)
         self._lock = threading.Lock()
 
-    def __enter__(self):
+    def __enter__(self) -> "_Progress":
         return self
 
-    def __call__(self, count):
+    def __call__(self, count: int) -> None:
         with self._lock:
             self._bar.update(count)
 
-    def __exit__(self, *failure):
+    def __exit__(self, *failure: object) -> None:
         self._bar.close()
 
 
-def _hash(key):
+def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
-def _sidecar(target):
+def _sidecar(target: Path) -> Any:
     return json.loads(_file(target, ".json").read_text())
 
 
-def _file(target, suffix):
+def _file(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)

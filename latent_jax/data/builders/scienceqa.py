@@ -1,6 +1,7 @@
 """ScienceQA (https://github.com/lupantech/ScienceQA, data/scienceqa) to one record a problem, with or without image."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from latent_jax.data.builders import files, parts
@@ -14,7 +15,7 @@ _SPLITS = ("train", "val", "test")
 _TEXTS = ("hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
 
 
-class ScienceQa(RawBuilder, skip_registration=True):
+class ScienceQa(RawBuilder):
     """One record a problem in the order of pid_splits.json: no or one image, one question with all official fields."""
 
     name = "scienceqa"
@@ -54,7 +55,7 @@ class ScienceQa(RawBuilder, skip_registration=True):
         return parts.chunks(usable, (file, self.raw / "pid_splits.json"))
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: tuple[str, dict[str, Any]]) -> Record:
             pid, problem = item
             question = {"id": pid, **dict.fromkeys(_TEXTS, ""), **problem}
             try:
@@ -65,12 +66,12 @@ class ScienceQa(RawBuilder, skip_registration=True):
 
         return each(part.place, "problem", tally, make, lambda item: item[0])
 
-    def _locate(self, pid, problem):
+    def _locate(self, pid: str, problem: dict[str, Any]) -> Path:
         end = f"{problem['split']}/{pid}/{problem['image']}"
         return files.first_there([files.inside(self.raw, end), files.inside(self.raw / "images", end)])
 
 
-def _fault(problem, split):
+def _fault(problem: Any, split: str) -> str:
     """What is wrong with an official record, in words, or ""."""
     if not isinstance(problem, dict) or not files.is_text(problem.get("question")):
         return "no question"

@@ -1,11 +1,13 @@
 """What a builder skips: counted, listed, and an error beyond a stated share."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from latent_jax.errors import UserError
 
 _LISTED, _LONGEST = 10, 500
+_Reason = tuple[str, int]  # and how many records it is of
 # What costs no record that was there: a link that had died when the set was downloaded (commonly a fifth of a web-scale
 # set), or a list of those that cannot be read. Counted and listed, but no sign of broken files.
 UNLIMITED = frozenset({"download", "list"})
@@ -19,9 +21,9 @@ class Tally:
 
     def __init__(self, split: str):
         self.split = split
-        self._seen = collections.Counter()
-        self._skipped = collections.defaultdict(list)
-        self._notes = []
+        self._seen: collections.Counter[str] = collections.Counter()
+        self._skipped: dict[str, list[_Reason]] = collections.defaultdict(list)
+        self._notes: list[str] = []
 
     def see(self, kind: str, count: int = 1) -> None:
         self._seen[kind] += count
@@ -30,7 +32,7 @@ class Tally:
         """Notes `count` records that were seen and cannot be used, for one `reason` that names them."""
         # A name in an annotation file may have thousands of characters, or such as would steer a terminal.
         reason = reason if reason.isprintable() else ascii(" ".join(reason.split()))[1:-1]
-        self._skipped[kind].append([reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ...", count])
+        self._skipped[kind].append((reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ...", count))
 
     def note(self, line: str) -> None:
         """Something that the user should know and that cost no record."""
@@ -40,16 +42,16 @@ class Tally:
         """(kind, reason, records) of everything that was skipped."""
         return ((kind, *each) for kind, reasons in self._skipped.items() for each in reasons)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Plain values, from which `add` restores everything."""
         return {"seen": dict(self._seen), "skipped": dict(self._skipped), "notes": self._notes}
 
-    def add(self, states: Iterable[dict]) -> None:
+    def add(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Adds what other tallies of the split counted, in order."""
         for state in states:
             self._seen.update(state["seen"])
             for kind, reasons in state["skipped"].items():
-                self._skipped[kind].extend(reasons)
+                self._skipped[kind].extend((reason, count) for reason, count in reasons)
             self._notes.extend(state["notes"])
 
     def lines(self) -> list[str]:
@@ -75,5 +77,5 @@ class Tally:
                 )
 
 
-def _total(reasons):
+def _total(reasons: Iterable[_Reason]) -> int:
     return sum(count for _, count in reasons)

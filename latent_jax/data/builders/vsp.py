@@ -23,7 +23,7 @@ from latent_jax.runtime.files import MOST_JSON, read_bytes
 _LARGEST = 64  # rows and columns of a map; VSP has up to 8
 
 
-class Vsp(RawBuilder, skip_registration=True):
+class Vsp(RawBuilder):
     """One record a line: its input image (or images), `map` over S F H G ([] where unknown), the answer or a plan."""
 
     name = "vsp"
@@ -31,7 +31,7 @@ class Vsp(RawBuilder, skip_registration=True):
 
     def find(self) -> dict[str, Any]:
         """Split -> its file."""
-        found = {}
+        found: dict[str, Path] = {}
         for file in sorted(self.raw.glob("*.jsonl")):
             split = split_name(file.stem.removesuffix("_direct"))
             if split in found:
@@ -46,7 +46,7 @@ class Vsp(RawBuilder, skip_registration=True):
         return parts.chunks(read_json_lines(place, "map", tally), (place,))
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: tuple[int, dict[str, Any]]) -> Record:
             number, entry = item
             try:
                 return self._record(number, entry)
@@ -55,7 +55,7 @@ class Vsp(RawBuilder, skip_registration=True):
 
         return each(part.place, "map", tally, make, lambda item: f"in line {item[0]}")
 
-    def _record(self, number, entry):
+    def _record(self, number: int, entry: dict[str, Any]) -> Record:
         inputs = entry.get("image_input")
         inputs = [inputs] if isinstance(inputs, str) else inputs
         if not is_text(entry.get("text_input")) or not isinstance(inputs, list) or not all(map(is_text, inputs)):
@@ -78,7 +78,7 @@ class Vsp(RawBuilder, skip_registration=True):
         helpers = [read_image(self._locate(helper))] if isinstance(helper, str) and helper else []
         return record(key, images=list(map(read_image, images)), questions=[question], helper_images=helpers)
 
-    def _locate(self, name):
+    def _locate(self, name: str) -> Path:
         """Paths were written for another folder: the longest end of the path that is there."""
         steps = [step for step in Path(name).parts if step not in ("/", ".", "..")]
         if not steps or "\0" in name:
@@ -86,7 +86,7 @@ class Vsp(RawBuilder, skip_registration=True):
         return first_there([self.raw.joinpath(*steps[start:]) for start in range(len(steps))])
 
 
-def _name(entry, images, number):
+def _name(entry: dict[str, Any], images: list[str], number: int) -> str:
     """level3/31 from .../level3/img/31.png where the file numbers its maps, else the line's number."""
     if "map_id" not in entry:
         return str(number)
@@ -94,7 +94,7 @@ def _name(entry, images, number):
     return f"{level[0]}/{entry['map_id']}" if level else str(entry["map_id"])
 
 
-def _described(images):
+def _described(images: list[Path]) -> list[str]:
     """The map that VSP's own text beside the image describes, or []."""
     file = images[0].parent.parent / "pure_text" / f"{images[0].stem}.txt"
     if not file.is_file():

@@ -8,6 +8,7 @@ where the JSONL is missing, the options are put into an order drawn from the que
 import random
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from latent_jax.data.builders import parts
@@ -28,9 +29,10 @@ from latent_jax.errors import UserError
 CATEGORIES = ("direct_attributes", "relative_position")
 _OPTION = re.compile(r"^\(([A-Z])\)\s*(.+?)\s*$", re.MULTILINE)
 _IMAGES = (".jpg", ".jpeg", ".png")
+_Listed = tuple[dict[str, Any] | str, Path | None]  # (question, image file), or (the fault, None)
 
 
-class VStar(RawBuilder, skip_registration=True):
+class VStar(RawBuilder):
     """One record a question: `choices` without their letters, `answer` a letter, `category`, the published `text`."""
 
     name = "vstar"
@@ -53,9 +55,9 @@ class VStar(RawBuilder, skip_registration=True):
         return parts.chunks(questions, (place,))
 
     def examples(self, part: Part, tally: Tally) -> Iterator[Record]:
-        def make(item):
+        def make(item: _Listed) -> Record:
             question, image = item
-            if isinstance(question, str):
+            if isinstance(question, str) or image is None:
                 raise ValueError(question)
             try:
                 return record(question["id"], images=[read_image(image)], questions=[question])
@@ -64,8 +66,7 @@ class VStar(RawBuilder, skip_registration=True):
 
         return each(part.place, "question", tally, make)
 
-    def _from_line(self, number, entry):
-        """(question, image file), or (what is wrong, None)."""
+    def _from_line(self, number: int, entry: dict[str, Any]) -> _Listed:
         name = f"test_questions.jsonl: line {number}"
         text, image, label = (entry.get(field) for field in ("text", "image", "label"))
         if not is_text(text) or not is_text(image):
@@ -74,23 +75,23 @@ class VStar(RawBuilder, skip_registration=True):
             file = inside(self.raw, image)
         except ValueError as error:
             return f"{name}: image {error}", None
-        options = _OPTION.findall(text)
-        letters = [letter for letter, _ in options]
+        options = list(_OPTION.finditer(text))
+        letters = [option[1] for option in options]
         if letters != list("ABCDEFGH"[: len(letters)]) or len(letters) < 2:
             return f"{name}: text has no options (A) ..., (B) ...: {text[:60]!r}", None
         if label not in letters:
             return f"{name}: label {label!r} is not among the options {', '.join(letters)}", None
         question = {
             "id": str(entry.get("question_id", image)),
-            "question": text[: _OPTION.search(text).start()].strip(),
-            "choices": [choice for _, choice in options],
+            "question": text[: options[0].start()].strip(),
+            "choices": [option[2] for option in options],
             "answer": label,
             "category": str(entry.get("category", image.split("/")[0])),
             "text": text,
         }
         return {**question, **_annotation(file.with_suffix(".json"))}, file
 
-    def _from_json(self, file):
+    def _from_json(self, file: Path) -> _Listed:
         name = f"{file.parent.name}/{file.stem}"
         try:
             entry = read_json(file, dict, '{"question", "options", ...}')
@@ -111,7 +112,7 @@ class VStar(RawBuilder, skip_registration=True):
         return {**question, **_annotation(file)}, first_there(images)
 
 
-def _annotation(file):
+def _annotation(file: Path) -> dict[str, Any]:
     """What the question is about and where that is in the image (x, y, w, h), where the file says so."""
     try:
         entry = read_json(file, dict, "")

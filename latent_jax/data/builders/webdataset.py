@@ -5,6 +5,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -26,14 +27,14 @@ _NOT_META = ("caption", "key", "status", "error_message", "exif")
 def find(raw: Path) -> dict[str, list[Path]]:
     """Split -> shards: those in train/, val/ ... are of that split, those in the folder itself of the split that their
     name says (cc3m-validation-0000.tar), else of `train`."""
-    found = {}
+    found: dict[str, list[Path]] = {}
     for file in sorted([*raw.glob("*.tar"), *raw.glob("*/*.tar")]):
         split = _named_split(file.stem) if file.parent == raw else split_name(file.parent.name)
         found.setdefault(split, []).append(file)
     return found
 
 
-def _named_split(stem):
+def _named_split(stem: str) -> str:
     words = re.split(r"[^a-z]+", stem.lower())
     return next(
         (split_name(word) for word in words if word in ("train", "val", "valid", "validation", "test")), "train"
@@ -64,7 +65,7 @@ def examples(shard: Path, tally: Tally) -> Iterator[Record]:
     _compare(shard.with_suffix(".parquet"), keys, tally)
 
 
-def _record(key, fields):
+def _record(key: str, fields: dict[str, list[bytes]]) -> Record:
     if repeated := [field for field, values in fields.items() if len(values) > 1]:
         raise ValueError(f"has {repeated[0]} twice")
     suffix = next((suffix for suffix in _IMAGES if suffix in fields), None)
@@ -85,12 +86,14 @@ def _record(key, fields):
     kept = {
         name: value for name, value in meta.items() if name not in _NOT_META and isinstance(value, str | int | float)
     }
-    return record(key, images=[image], captions=[caption.strip()], **({"meta": kept} if kept else {}))
+    extra: dict[str, Any] = {"meta": kept} if kept else {}
+    return record(key, images=[image], captions=[caption.strip()], **extra)
 
 
-def _samples(shard, tally):
+def _samples(shard: Path, tally: Tally) -> Iterator[tuple[str, dict[str, list[bytes]]]]:
     """(key, {suffix: [contents]}): a sample is a run of members of one path up to the first dot of its last name."""
-    key, fields = None, {}
+    key = ""
+    fields: dict[str, list[bytes]] = {}
     for name, data in members(shard, tally):
         folder, slash, base = name.removeprefix("./").rpartition("/")
         its, _, suffix = base.partition(".")
@@ -117,12 +120,13 @@ def members(shard: Path, tally: Tally) -> Iterator[tuple[str, bytes]]:
     with shard.open("rb") as file:
         while offset + _BLOCK <= size:
             file.seek(offset)
+            header = file.read(_BLOCK)
             try:
-                member = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
                 if member.size < 0:  # base-256 numbers have a sign
-                    raise tarfile.InvalidHeaderError("negative size")
-            except (tarfile.HeaderError, ValueError, OverflowError) as error:
-                ended = isinstance(error, tarfile.EOFHeaderError)  # a block of zeros
+                    raise tarfile.HeaderError("negative size")
+            except (tarfile.HeaderError, ValueError, OverflowError):
+                ended = header == bytes(_BLOCK)
                 if not ended and lost_from is None:
                     lost_from = offset
                 offset += _BLOCK
@@ -155,21 +159,21 @@ def members(shard: Path, tally: Tally) -> Iterator[tuple[str, bytes]]:
         _lost(shard, f"cut off after {offset} bytes", tally)
 
 
-def _long_name(kind, data):
+def _long_name(kind: bytes, data: bytes) -> str | None:
     """The name of the next member, if this header gives it one."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return data.rstrip(b"\0").decode("utf-8", "replace")
     found = re.search(rb"\d+ path=([^\n]+)\n", data)
-    return found and found[1].decode("utf-8", "replace")
+    return found[1].decode("utf-8", "replace") if found else None
 
 
-def _lost(shard, reason, tally):
+def _lost(shard: Path, reason: str, tally: Tally) -> None:
     """At least one record; how many, only the parquet beside the shard can tell."""
     tally.see("image")
     tally.skip("image", f"{shard}: {reason}")
 
 
-def _compare(file, keys, tally):
+def _compare(file: Path, keys: set[str], tally: Tally) -> None:
     """Counts what the parquet beside a shard lists and the shard has not."""
     if not file.is_file():
         return
