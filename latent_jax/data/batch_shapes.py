@@ -81,7 +81,7 @@ def _check_memory(sizes: Sequence[Size], fixed: Mapping[str, int], named: Mappin
     """Raises UserError if a step of this size cannot be built, before any shape is tried."""
     examples, tokens = fixed["examples"], float(np.mean([size.tokens for size in sizes]))
     cells = max(examples * tokens, named.get("rows", 1) * named.get("tokens", tokens))
-    patches = max(examples * np.mean([size.patches for size in sizes]), named.get("patches", 0))
+    patches = max(examples * float(np.mean([size.patches for size in sizes])), named.get("patches", 0))
     needed = fixed["micro"] * fixed["groups"] * (cells * _TOKEN_BYTES + patches * fixed["channels"])
     if needed > memory:
         raise UserError(
@@ -169,7 +169,7 @@ def _rows(
         opened = 1 + max(row for row, _ in first_fit(some, named["tokens"]))
         yield named.get("rows", opened), named["tokens"]
         return
-    tokens = np.mean([size.tokens for size in stream]) * examples * more
+    tokens = float(np.mean([size.tokens for size in stream])) * examples * more
     limit = max(row_tokens, longest)
     fewest = math.ceil(tokens / limit)
     most = min(fewest + 4, math.ceil(tokens / longest))

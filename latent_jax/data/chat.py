@@ -40,7 +40,7 @@ class Processor:
     image: ImageSpec
     tokens_per_second: float = 4.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for token in (*BOUNDARIES, IMAGE_PAD, VIDEO_PAD):
             if len(self.encode(token).ids) != 1:
                 raise UserError(f"tokenizer: special token {token} is missing; expected a Qwen2.5-VL tokenizer")
@@ -152,7 +152,15 @@ class Processor:
         trunk, views = share_trunk(rendered)
         return Layout(images=tuple(sources.values()), trunk=trunk, views=views, key=key)
 
-    def _parts(self, messages, add_generation_prompt, imagined_grid, image_loss, key, sources: dict[Any, Any]):
+    def _parts(
+        self,
+        messages: object,
+        add_generation_prompt: bool,
+        imagined_grid: int | tuple[int, int] | None,
+        image_loss: bool,
+        key: str,
+        sources: dict[Any, Any],
+    ) -> tuple[tuple[Part, ...], tuple[Any, ...]]:
         """(parts, image sources). `sources` maps the identity of a source to it, in the order of Layout.images."""
         plain, visuals = normalised(messages, imagined_grid, self.image.temporal_patch_size, key, sources)
         text = self._template(plain, add_generation_prompt, key)
@@ -166,13 +174,14 @@ class Processor:
                     raise UserError(f"{record(key)}{segment} stands in a message's text; images go in image parts")
                 else:
                     part = visuals.pop(0)
-                    spoken = image_loss and loss and isinstance(part, Image)
-                    parts.append(dataclasses.replace(part, loss=True) if spoken else part)
+                    if image_loss and loss and isinstance(part, Image):
+                        part = dataclasses.replace(part, loss=True)
+                    parts.append(part)
         if visuals:
             raise UserError(f"{record(key)}the chat template shows {len(visuals)} image(s) fewer than the messages")
         return tuple(parts), tuple(sources.values())
 
-    def _template(self, messages, add_generation_prompt: bool, key: str) -> str:
+    def _template(self, messages: list[dict], add_generation_prompt: bool, key: str) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -180,7 +189,9 @@ class Processor:
         except Exception as problem:  # whatever the template's code does with these messages
             raise UserError(f"{record(key)}the chat template refuses these messages ({one_line(problem)})") from None
 
-    def _marked_turns(self, messages, text: str, add_generation_prompt: bool, key: str) -> list[tuple[str, bool]]:
+    def _marked_turns(
+        self, messages: list[dict], text: str, add_generation_prompt: bool, key: str
+    ) -> list[tuple[str, bool]]:
         """The rendered text cut into (piece, loss). Turns are found by rendering them again between marks."""
         spoken = [message["role"] == "assistant" for message in messages]
         if not any(spoken):
@@ -211,8 +222,8 @@ class Processor:
         """
         visuals = self._visuals(layout, ImageDecoder(self.image) if decode else SizeReader(self.image))
         stretched = [stretches.stretch(self, parts, visuals, layout.key) for parts in (layout.trunk, *layout.views)]
-        positions, end = mrope(stretched[0].spans)
-        positions = [positions] + [mrope(each.spans, end)[0] for each in stretched[1:]]
+        trunk, end = mrope(stretched[0].spans)
+        positions = [trunk, *(mrope(each.spans, end)[0] for each in stretched[1:])]
         if any((each.flags[:1] & stretches.LOSS).any() for each in stretched[1:]):
             raise ValueError(f"record {layout.key!r}: a view starts with loss-carrying text; its predictor is missing")
         tokens, flags, features = (

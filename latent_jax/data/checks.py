@@ -10,6 +10,7 @@ Earlier versions wrote no ends; those of a shard of two MiB or less are the whol
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from latent_jax.errors import UserError
 from latent_jax.runtime import files
@@ -72,7 +73,7 @@ def sums(folder: Path, shards: Iterable[str]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _written_ends(entry) -> int | None:
+def _written_ends(entry: Any) -> int | None:
     """The ends of a shard as prepare wrote them, where they are known."""
     if not isinstance(entry, dict) or not {"size", "crc32"} <= entry.keys():
         return None

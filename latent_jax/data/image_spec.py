@@ -25,7 +25,7 @@ class ImageSpec:
     mean: tuple[float, float, float] = fields.option((0.48145466, 0.4578275, 0.40821073), "of the channels")
     std: tuple[float, float, float] = fields.option((0.26862954, 0.26130258, 0.27577711), "of the channels", above=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.window_size % self.factor:
             raise UserError(
                 f"window_size {self.window_size} must be a multiple of patch_size * merge_size = {self.factor}"

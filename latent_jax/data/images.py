@@ -79,10 +79,11 @@ def open_image(source: Any, name: str = "") -> PIL.Image.Image:
 
 def read(file: str | os.PathLike, name: str) -> bytes:
     """The bytes of an image file. Raises UserError with `name` if there is none, or if it is larger than MOST_BYTES."""
+    path: str = os.fspath(file)
     try:
-        return files.read_bytes(file, MOST_BYTES)
+        return files.read_bytes(path, MOST_BYTES)
     except UserError as problem:
-        reason = str(problem).removeprefix(f"{file}: ")
+        reason = str(problem).removeprefix(f"{path}: ")
         raise UserError(
             f"{name}: no such image file" if reason.startswith("no such") else f"{name}: {reason}"
         ) from None

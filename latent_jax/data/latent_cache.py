@@ -10,16 +10,16 @@ import dataclasses
 import functools
 import json
 import math
-import operator
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from latent_jax.data.sources import Record, Records
 from latent_jax.errors import UserError
 from latent_jax.runtime import files, lock
 
@@ -52,7 +52,7 @@ class LatentCache:
 
         Raises UserError naming the differences if the folder holds latents that were made from something else.
         """
-        cache = cls(Path(folder), made_from, records, tuple(shape), dtype)
+        cache = cls(Path(folder), made_from, records, shape, dtype)
         wanted, file = cache._manifest(), cache.folder / MANIFEST
         if not file.exists():
             # A kill while the first file was written leaves a part of it, under a name of its own.
@@ -126,7 +126,7 @@ class LatentCache:
             row = np.memmap(self._file(shard), kind, "r", start + place * kind.itemsize, shape=(1,))[0]
         except (OSError, ValueError):
             raise UserError(self._damaged(shard)) from None
-        if "sum" in kind.names and row["sum"] != _sum(index, row):
+        if "sum" in (kind.names or ()) and row["sum"] != _sum(index, row):
             raise UserError(f"{self._damaged(shard)} (record {index} is not as it was written)")
         if not row["known"]:
             return None
@@ -154,7 +154,7 @@ class LatentCache:
         offsets = [self._offset(shard) for shard in range(self.shards)]
         if None in offsets:
             raise UserError(f"{self._file(offsets.index(None))}: missing; the latent cache is not complete")
-        return offsets
+        return [offset for offset in offsets if offset is not None]
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"latents-{shard:05}.npy"
@@ -164,10 +164,13 @@ class LatentCache:
         if not os.path.lexists(file):
             return None
         try:
-            rows = np.load(file, mmap_mode="r") if file.is_file() else np.zeros(0)
+            rows = np.load(file, mmap_mode="r") if file.is_file() else None
         except Exception:  # NumPy parses the header as Python
-            rows = np.zeros(0)
-        if rows.dtype not in (self._row, self._unchecked) or rows.shape != (len(self.indices(shard)),):
+            rows = None
+        # No memory map: an archive (.npz), which NumPy opens as one whatever its name is.
+        if not isinstance(rows, np.memmap) or rows.dtype not in (self._row, self._unchecked):
+            raise UserError(self._damaged(shard))
+        if rows.shape != (len(self.indices(shard)),):
             raise UserError(self._damaged(shard))
         return rows.offset, rows.dtype
 
@@ -195,13 +198,13 @@ class LatentCache:
             os.close(folder)
 
 
-class Cached(Sequence):
+class Cached(Records):
     """A source whose records bring their latents along, as `record["latents"]` (s, Z), where the cache has them.
 
     `images(record)` are the encoded images that a record's latents are of.
     """
 
-    def __init__(self, source: Sequence, cache: LatentCache, images: Callable[[dict], Sequence[bytes]]):
+    def __init__(self, source: Sequence[Record], cache: LatentCache, images: Callable[[Record], Sequence[bytes]]):
         if len(source) != cache.records:
             raise ValueError(f"{source!r} has {len(source)} records, {cache.folder} those of {cache.records}")
         self._source, self._cache, self._images = source, cache, images
@@ -209,11 +212,7 @@ class Cached(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: SupportsIndex) -> dict:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self!r} has {len(self)} records, not {index}")
-        index %= len(self)
+    def _at(self, index: int) -> Record:
         record = self._source[index]
         try:
             images = self._images(record)
@@ -237,12 +236,12 @@ def _checksum(images: Sequence[bytes]) -> int:
 def _sum(index: int, row: np.void) -> int:
     """CRC-32 of a row and its place: a row of zeros, or of another record, has another."""
     head = zlib.crc32(np.array([index, row["known"], row["image"]], "<u8").tobytes())
-    return zlib.crc32(np.ascontiguousarray(row["latents"]), head)
+    return zlib.crc32(np.ascontiguousarray(row["latents"]).data, head)
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of nested dicts."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found

@@ -73,7 +73,7 @@ class Slots:
     loss: Literal["", "open", "both"] = ""
     source: Literal["learned", "given", "written"] = "learned"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.loss and not self.marks:
             raise ValueError(f"{self}: has no marks to predict")
 
@@ -106,7 +106,7 @@ class Layout:
     key: str = ""
     latents: np.ndarray | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in (*self.trunk, *(part for view in self.views for part in view)):
             if isinstance(part, Image | Video) and not 0 <= part.index < len(self.images):
                 raise UserError(f"record {self.key!r}: {part} points outside its {len(self.images)} image(s)")
@@ -202,10 +202,9 @@ def _atoms(parts: Sequence[Part]) -> list[Part]:
     """Parts cut at every place where cutting cannot change tokens."""
     atoms: list[Part] = []
     for part in _joined(parts):
-        pieces = _SPLIT.split(part.text) if isinstance(part, Text) else ()
-        if len(pieces) > 1:
-            atoms += [Text(piece, part.loss, part.late) for piece in pieces if piece]
-        elif not isinstance(part, Text) or part.text:
+        if isinstance(part, Text):
+            atoms += [Text(piece, part.loss, part.late) for piece in _SPLIT.split(part.text) if piece]
+        else:
             atoms.append(part)
     return atoms
 
@@ -233,8 +232,9 @@ def _may_cut(atoms: Sequence[Part], at: int) -> bool:
     before, after = atoms[last] if last >= 0 else None, atoms[first] if first < len(atoms) else None
     if _carries_loss(after):
         return False
-    texts = isinstance(before, Text) and isinstance(after, Text)
-    return not texts or before.text in BOUNDARIES or after.text in BOUNDARIES
+    if isinstance(before, Text) and isinstance(after, Text):
+        return before.text in BOUNDARIES or after.text in BOUNDARIES
+    return True
 
 
 def _carries_loss(part: Part | None) -> bool:
@@ -244,12 +244,10 @@ def _carries_loss(part: Part | None) -> bool:
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Adjacent texts of equal flags made one."""
     joined: list[Part] = []
-    last: Part | None = None
     for part in without_empty(parts):
-        texts = isinstance(part, Text) and isinstance(last, Text)
-        if texts and last.loss == part.loss and last.late == part.late:
-            last = joined[-1] = Text(last.text + part.text, last.loss, last.late)
+        last = joined[-1] if joined else None
+        if isinstance(part, Text) and isinstance(last, Text) and (part.loss, part.late) == (last.loss, last.late):
+            joined[-1] = Text(last.text + part.text, last.loss, last.late)
         else:
-            last = part
             joined.append(part)
     return tuple(joined)

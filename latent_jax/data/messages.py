@@ -37,7 +37,7 @@ def check(messages: Any, key: str = "") -> None:
                 raise UserError(f"{record(key)}message part {_brief(part)}; expected a dict with a 'type'")
 
 
-def _brief(value) -> str:
+def _brief(value: object) -> str:
     """Cut short, and safe to print whatever text it holds."""
     return ascii(value)[:80] if isinstance(value, str) else str(value)[:80].encode(errors="replace").decode()
 
@@ -54,12 +54,12 @@ def normalised(
     places = {identity: index for index, identity in enumerate(sources)}
     visuals: list[Part] = []
 
-    def index_of(source) -> int:
+    def index_of(source: Any) -> int:
         identity = str(source) if isinstance(source, str | Path) else id(source)
         sources[identity] = source
         return places.setdefault(identity, len(places))
 
-    def plain(part) -> dict:
+    def plain(part: Mapping) -> dict[str, str]:
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
             return {"type": "text", "text": part["text"]}
@@ -99,7 +99,7 @@ def imagine_parts(messages: Messages) -> list[dict]:
     return found
 
 
-def without_imagined(messages: Messages) -> list[dict]:
+def without_imagined(messages: Messages) -> list[Mapping[str, Any]]:
     """The conversation with its imagine parts taken out."""
     return [
         message
@@ -109,13 +109,13 @@ def without_imagined(messages: Messages) -> list[dict]:
     ]
 
 
-def _local(source, key: str):
+def _local(source: Any, key: str) -> Any:
     if isinstance(source, str) and re.match(r"(?:https?|ftp|file|data):", source):
         raise UserError(f"{record(key)}image {_brief(source)} is a URL; expected a path, bytes, an image or an array")
     return source
 
 
-def _frames(video, key: str) -> list:
+def _frames(video: Any, key: str) -> Sequence[Any]:
     """The frames of a video part. An array's are kept as they are found again: by the array that they are part of."""
     if isinstance(video, np.ndarray) and video.ndim == 4:
         video = list(video)
@@ -133,5 +133,5 @@ def _seconds(part: Mapping, temporal_patch_size: int, key: str) -> float:
     return temporal_patch_size / fields.check(f"{record(key)}fps of a video", part["fps"], float, limits)
 
 
-def _first(part: Mapping, *keys: str):
+def _first(part: Mapping, *keys: str) -> Any:
     return next((part[key] for key in keys if part.get(key) is not None), None)

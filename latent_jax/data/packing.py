@@ -43,7 +43,7 @@ class BatchShape:
     regress: bool = False
     hidden: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.micro, self.groups, self.rows, self.tokens, self.examples, self.channels, self.merge_unit) < 1:
             raise UserError(f"{self}: every budget but patches and slots must be at least 1")
         if self.patches % self.merge_unit:
@@ -76,8 +76,8 @@ class BatchShape:
 
     def _check_method(self, example: Example, size: "Size") -> None:
         """Raises ValueError if the method made no room for what its layout asks: no record is to blame."""
-        if given := given_features(example, self.merge_unit):
-            raise ValueError(f"record {example.key!r}: {given} given features, which only prompts have")
+        if count := given_features(example, self.merge_unit):
+            raise ValueError(f"record {example.key!r}: {count} given features, which only prompts have")
         for name in ("regress", "hidden"):
             if getattr(size, name) > getattr(self, name):
                 raise ValueError(f"record {example.key!r}: needs Room({name}=True), which the method has not")
@@ -170,6 +170,8 @@ class Packer:
         if place is None:
             finished = self.flush()
             place = self._fit.place(size)
+        if place is None:
+            raise ValueError(f"{size} does not fit {self.batch_shape}")
         group, row = place
         self.mine = group in self._built
         if self.mine:
@@ -235,11 +237,11 @@ def _build(placed: Sequence[tuple[Decode, int, int, int]], batch_shape: BatchSha
     }
 
 
-def shapes(batch_shape: BatchShape) -> dict[str, tuple[tuple[int, ...], type]]:
+def shapes(batch_shape: BatchShape) -> dict[str, tuple[tuple[int, ...], type | np.dtype]]:
     """Every array of a batch: its shape behind (A, G), and its dtype. What there is no room for is left out."""
     B, T, P, E = batch_shape.rows, batch_shape.tokens, batch_shape.patches, batch_shape.examples
     S, J, Q = batch_shape.slots, batch_shape.targets, batch_shape.reads
-    arrays = {
+    arrays: dict[str, tuple[tuple[int, ...], type | np.dtype]] = {
         **dict.fromkeys(("tokens", "segment_ids", "view_ids", "targets", "feature_index"), ((B, T), np.int32)),
         "positions": ((B, 3, T), np.int32),
         "loss_weights": ((B, T), np.float32),

@@ -99,7 +99,7 @@ def in_order(
 
     Raises UserError where a source is empty.
     """
-    sources = list(source) if _is_mixture(source) else [(source, 1.0)]
+    sources = _weighted(source)
     if any(len(each) == 0 for each, _ in sources):
         raise UserError("a data source is empty")
     if any(weight <= 0 for _, weight in sources):
@@ -113,8 +113,10 @@ def in_order(
     )
 
 
-def _is_mixture(source: Any) -> bool:
-    return isinstance(source, list | tuple) and bool(source) and isinstance(source[0], tuple)
+def _weighted(source: Any) -> list[tuple[Source, float]]:
+    """The sources of a mixture and their weights. A list or tuple of records is one source."""
+    mixture = isinstance(source, list | tuple) and source and isinstance(source[0], tuple)
+    return list(source) if mixture else [(source, 1.0)]
 
 
 def _ordered(source: Source, seed: int, shuffle: bool, epochs: int | None) -> grain.MapDataset:
@@ -204,7 +206,7 @@ class BatchIterator:
 
     def __init__(
         self,
-        open_samples: Callable[[], Iterator],
+        open_samples: Callable[[], grain.DatasetIterator],
         make_packer: Callable[[], Packer],
         decoders: int,
         max_broken: float,
@@ -284,7 +286,7 @@ class _Stateful(Iterator[Batch]):
 
 
 def _steps(
-    samples: Iterator, state: dict[str, Any], packer: Packer, decoders: int, max_broken: float
+    samples: grain.DatasetIterator, state: dict[str, Any], packer: Packer, decoders: int, max_broken: float
 ) -> Generator[tuple[Batch, dict[str, Any]]]:
     """(batch, state after it) for every step.
 
@@ -299,6 +301,7 @@ def _steps(
     failures: list[str] = []  # of decoding; filled while a batch is built
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(futures.ThreadPoolExecutor(decoders)) if decoders else None
+        sample: _Sample | _Broken
         for sample in samples:
             counts = {**counts, "seen": counts["seen"] + 1}
             if isinstance(sample, _Broken):
@@ -368,10 +371,13 @@ def sample_examples(source: Source, layout_fn: LayoutFn, processor: Processor, n
         except UserError as problem:
             first_broken = first_broken or str(problem)
             continue
-        hollow = {"patches": np.broadcast_to(np.uint8(0), example.patches.shape)}
-        if (given := example.target_latents) is not None:
-            hollow["target_latents"] = np.broadcast_to(given.dtype.type(0), given.shape)
-        examples.append(dataclasses.replace(example, **hollow))
+        given = example.target_latents
+        hollow = dataclasses.replace(
+            example,
+            patches=np.broadcast_to(np.uint8(0), example.patches.shape),
+            target_latents=None if given is None else np.broadcast_to(given.dtype.type(0), given.shape),
+        )
+        examples.append(hollow)
     if not examples:
         raise UserError(f"no usable record among {count}" + (f": {first_broken}" if first_broken else ""))
     return examples

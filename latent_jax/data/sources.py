@@ -5,6 +5,7 @@ A Record is a plain dict, the same for every source: `key` (str), `images` (enco
 here imports TensorFlow.
 """
 
+import abc
 import bisect
 import hashlib
 import itertools
@@ -14,9 +15,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
+from jaxtyping import Int
 
 from latent_jax.data import checks
 from latent_jax.errors import UserError, one_line
@@ -48,14 +50,39 @@ class Damaged(UserError):
     """A shard that cannot be read back. Not a bad record, which is skipped: the disk or a copy is at fault."""
 
 
-class Source(Sequence):
+class Records(Sequence[Record]):
+    """Random access to records. A slice is a list of them."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self._at(place) for place in range(len(self))[index]]
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"{self!r} has {len(self)} records, not {place}")
+        return self._at(place % len(self))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._at(place) for place in range(len(self)))
+
+    @abc.abstractmethod
+    def _at(self, index: int) -> Record:
+        """The record at a place from 0 to len(self) - 1."""
+
+
+class Source(Records):
     """One split of a prepared dataset, or one `group` (a sub-task) of it. Safe in threads; pickles by path."""
 
     def __init__(self, folder: Path, split: str, group: str = ""):
         self._folder, self._split, self._group = folder, split, group
         self._open()
 
-    def _open(self):
+    def _open(self) -> None:
         import tensorflow_datasets as tfds
 
         builder = _builder(self._folder)
@@ -76,7 +103,7 @@ class Source(Sequence):
         self._runs = self._find_group() if self._group else [(0, len(self._bytes))]
         self._ends = list(itertools.accumulate(end - start for start, end in self._runs))
 
-    def _find_group(self):
+    def _find_group(self) -> list[tuple[int, int]]:
         """(first, one past the last) record of each run of the group."""
         file = self._folder / "groups.json"
         runs = files.read_json(file)[self._split] if file.exists() else []
@@ -92,11 +119,7 @@ class Source(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: SupportsIndex) -> Record:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self!r} has {len(self)} records, not {index}")
-        index %= len(self)
+    def _at(self, index: int) -> Record:
         run = bisect.bisect_right(self._ends, index)
         place = self._runs[run][1] - self._ends[run] + index
         try:
@@ -110,28 +133,25 @@ class Source(Sequence):
             ) from None
         return {**record, "dataset": self._folder.parent.name}
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
-
     def __repr__(self) -> str:
         group = f", {self._group!r}" if self._group else ""
         return f"Source({os.fspath(self._folder)!r}, {self._split!r}{group})"
 
-    def __getstate__(self):
+    def __getstate__(self) -> tuple[Path, str, str]:
         return self._folder, self._split, self._group
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: tuple[Path, str, str]) -> None:
         self._folder, self._split, self._group = state
         self._open()
 
 
-class Joined(Sequence):
+class Joined(Records):
     """Records of the images that two sources share, with the captions of one and the questions of the other."""
 
-    def __init__(self, captions: Sequence, questions: Sequence):
+    def __init__(self, captions: Sequence[Record], questions: Sequence[Record]):
         places = {_number(record["key"]): place for place, record in enumerate(questions)}
-        pairs = ((place, places.get(_number(record["key"]))) for place, record in enumerate(captions))
-        self._pairs = [pair for pair in pairs if pair[1] is not None]
+        numbers = ((place, _number(record["key"])) for place, record in enumerate(captions))
+        self._pairs = [(place, places[number]) for place, number in numbers if number in places]
         self._captions, self._questions = captions, questions
         if not self._pairs:
             raise UserError(f"{captions!r} and {questions!r} have no image in common")
@@ -139,7 +159,7 @@ class Joined(Sequence):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: SupportsIndex) -> Record:
+    def _at(self, index: int) -> Record:
         captions, questions = self._pairs[index]
         return {
             **self._questions[questions],
@@ -148,39 +168,39 @@ class Joined(Sequence):
         }
 
 
-class Subset(Sequence):
+class Subset(Records):
     """Records of a source at some places of it."""
 
-    def __init__(self, source: Sequence, places: np.ndarray):
+    def __init__(self, source: Sequence[Record], places: Int[np.ndarray, " X"]):
         self._source, self._places = source, places
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: SupportsIndex) -> Record:
-        return self._source[int(self._places[operator.index(index)])]
+    def _at(self, index: int) -> Record:
+        return self._source[int(self._places[index])]
 
 
-def share(source: Sequence, part: float, seed: int) -> Subset:
+def share(source: Sequence[Record], part: float, seed: int) -> Subset:
     """A random part of a source's records, at least one: the first of an order that `seed` draws, so that a smaller
     share is part of a larger one."""
     order = np.random.default_rng(seed).permutation(len(source))
     return Subset(source, order[: max(1, round(part * len(source)))])
 
 
-def held_out(name: str, data: Any, split: str, seed: int) -> Sequence[dict]:
+def held_out(name: str, data: Any, split: str, seed: int) -> Records:
     """What a run (`data`: its section of the config) does not train on: its holdout, else a split of that name."""
     if data.holdout:
         return hold_out(open_source(name, data.path, data.split), data.holdout, seed)[1]
     return open_source(name, data.path, split)
 
 
-def first(source: Sequence[dict], count: int) -> list[dict]:
+def first(source: Sequence[Record], count: int) -> list[Record]:
     """The first `count` records; 0: all."""
     return [source[index] for index in range(min(count or len(source), len(source)))]
 
 
-def hold_out(source: Sequence, count: int, seed: int) -> tuple[Subset, Subset]:
+def hold_out(source: Sequence[Record], count: int, seed: int) -> tuple[Subset, Subset]:
     """(the remaining records, `count` records that a seed draws), each in the source's order.
 
     Raises UserError where nothing would be left.
@@ -224,7 +244,7 @@ def fingerprint(name: str, path: str | os.PathLike, split: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _builder(folder: Path):
+def _builder(folder: Path) -> Any:
     """TFDS's builder of a prepared dataset. Raises UserError that names the file that is broken."""
     for name in ("dataset_info.json", "features.json"):
         files.read_json(folder / name)
@@ -241,7 +261,7 @@ def _builder(folder: Path):
         raise UserError(f"{folder / 'dataset_info.json'}: damaged, prepare the dataset again ({said})") from None
 
 
-def _shards(info) -> list[str]:
+def _shards(info: Any) -> list[str]:
     """File names of a split in the order of its records."""
     return [os.path.basename(str(file)) for file in sorted(info.filenames)]
 
@@ -271,9 +291,9 @@ def _folder(name: str, path: str | os.PathLike) -> Path:
             f"data.name={name}: {path} holds {', '.join(here)} and not {name}; name what is there, "
             f"or make {name} elsewhere with {command.rpartition('=')[0]}=DIR"
         )
-    for dataset in (Path(path), Path(path).parent):
-        if dataset.name == BUILDER_OF[name] and _versions(dataset):
-            raise UserError(f"{path}: lies inside a prepared dataset; set data.path={dataset.parent}")
+    for around in (Path(path), Path(path).parent):
+        if around.name == BUILDER_OF[name] and _versions(around):
+            raise UserError(f"{path}: lies inside a prepared dataset; set data.path={around.parent}")
     raise UserError(f"{folder}: no prepared dataset here; make it with {command}")
 
 
@@ -297,7 +317,7 @@ def _is_made(name: str, path: Path) -> bool:
     return {n: i.num_examples for n, i in captions.items()} == {n: i.num_examples for n, i in questions.items()}
 
 
-def join(captions: Sequence, questions: Sequence) -> Joined:
+def join(captions: Sequence[Record], questions: Sequence[Record]) -> Joined:
     """Records with the captions of one source and the questions of another, for the images that both have.
 
     COCO's image id and GQA's imageId are compared as numbers where they are numbers. Of `scenes`, captions[0] is the
@@ -306,7 +326,7 @@ def join(captions: Sequence, questions: Sequence) -> Joined:
     return Joined(captions, questions)
 
 
-def _number(key):
+def _number(key: str) -> int | str:
     return int(key) if key.isdecimal() else key
 
 
@@ -316,7 +336,7 @@ def _record(data: bytes) -> Record:
 
     features = tf_example_pb2.Example.FromString(data).features.feature
 
-    def values(name):
+    def values(name: str) -> Sequence[bytes]:
         return features[name].bytes_list.value
 
     extra, helpers = values("extra")[0], values("helper_images")

@@ -70,12 +70,17 @@ def stretch(processor: "Processor", parts: Sequence[Part], visuals: Mapping[int,
             pieces.append(_block(processor, part, visuals))
     if not pieces:
         raise UserError(f"{record(key)}nothing to show (an empty trunk or view)")
-    arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "flags", "features")]
     reads, start = [], 0
     for piece in pieces:
         reads += [start + read for read in piece.reads]
         start += len(piece.tokens)
-    return Stretch(*arrays, [span for piece in pieces for span in piece.spans], reads)
+    return Stretch(
+        tokens=np.concatenate([piece.tokens for piece in pieces]),
+        flags=np.concatenate([piece.flags for piece in pieces]),
+        features=np.concatenate([piece.features for piece in pieces]),
+        spans=[span for piece in pieces for span in piece.spans],
+        reads=reads,
+    )
 
 
 def _text(processor: "Processor", parts: Sequence[Text | Read], key: str) -> Stretch:
@@ -175,7 +180,8 @@ def reads(stretches: Sequence[Stretch], key: str) -> Int32[np.ndarray, " Q"]:
 
 def asked(flags: UInt8[np.ndarray, " t"]) -> dict[str, np.ndarray]:
     """The fields of an Example that only some layouts have."""
-    found, present = {}, np.bitwise_or.reduce(flags)
+    found: dict[str, np.ndarray] = {}
+    present = np.bitwise_or.reduce(flags)
     if present & REGRESSED:
         found["feature_weights"] = ((flags & REGRESSED) > 0).astype(np.float32)
     if present & HIDDEN:

@@ -9,6 +9,7 @@ import functools
 import json
 import subprocess
 import sys
+from typing import Any
 
 SECONDS, MEMORY, CHARACTERS = 5, 2**30, 2**20
 WALL_SECONDS = 120  # only for a stalled machine: a template cannot wait, and its processor time is limited
@@ -43,20 +44,21 @@ def check_ends(template: str) -> None:
         raise UserError(f"the chat template does not end within {SECONDS} s of processor time")
 
 
-def _render(template: str, conversations) -> int:
+def _render(template: str, conversations: list[Any]) -> int:
     """In the process of its own: the exit status."""
     import resource
 
     from jinja2 import ext, nodes, sandbox
+    from jinja2 import parser as parsing
 
     class Generation(ext.Extension):
         """The tag by which some templates mark the text of the assistant."""
 
         tags = {"generation"}
 
-        def parse(self, parser):
+        def parse(self, parser: parsing.Parser) -> nodes.Node:
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

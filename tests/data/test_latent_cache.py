@@ -161,6 +161,17 @@ def test_directories_and_files_that_are_no_cache_are_named(tmp_path):
         opened(tmp_path / "c")
 
 
+def test_an_archive_under_the_name_of_a_shard_is_damage(tmp_path):
+    """NumPy opens an archive whatever its name is, as something that is no array."""
+    cache = opened(tmp_path)
+    fill(cache)
+    shard = tmp_path / "latents-00001.npy"
+    with shard.open("wb") as file:
+        np.savez(file, rows=np.zeros(3))
+    with pytest.raises(UserError, match=r"latents-00001.npy: damaged; delete it"):
+        opened(tmp_path).missing()
+
+
 def test_latents_that_are_not_as_they_were_written_are_refused(tmp_path):
     """Zeros too: they would read as a record that was left out."""
     fill(opened(tmp_path), without=(1,))

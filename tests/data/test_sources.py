@@ -78,6 +78,7 @@ def test_sequence_habits(prepared):
     for index in (len(source), -len(source) - 1):
         with pytest.raises(IndexError):
             source[index]
+    assert source[1:5:2] == [source[1], source[3]] and source[-1:] == [source[-1]]
     assert list(pickle.loads(pickle.dumps(source))) == list(source)
     assert repr(source) == repr(sources.open_source("scenes", prepared, "validation"))
 
