@@ -196,7 +196,7 @@ def decode(
         hidden, cache = cached.step(text, layers, x, positions, context.prompts, context.seen, state.cache, n)
         token = _choose(model, context, writing, model.vlm.logits(hidden), state)
         if writing:
-            token, inside = spans.follow(config, context.span_rows, inside, hidden, newest, token)
+            token, inside = spans.follow(config, context.span_rows, inside, hidden, newest, token, state.done)
             state = state._replace(inside=inside)
         return _note(state._replace(cache=cache), token, eos)
 

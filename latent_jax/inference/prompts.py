@@ -23,7 +23,7 @@ from latent_jax.data.layout import Example, Slots
 from latent_jax.data.messages import check as check_messages
 from latent_jax.data.messages import imagine_parts, without_imagined
 from latent_jax.errors import UserError
-from latent_jax.inference import batches
+from latent_jax.inference import batches, spans
 from latent_jax.methods.contract import Batch, Messages, Span, Think
 from latent_jax.models.heads import LatentVLM
 
@@ -128,18 +128,26 @@ def prompts(
         if len(own) not in (0, len(parts)):
             raise UserError(f"thoughts of conversation {number}: got {len(own)}, expected none or {len(parts)}")
         said = list(messages) if own else without_imagined(messages)
-        example = processor.lay_out(processor.render(said, answers is None, imagined_grid=shape))
         given += [_fitting(array, shape, hidden, f"thoughts of conversation {number}") for array in own]
         if answers is not None:
-            content, latents = answers[number], []
-            if not isinstance(content, str):
-                wanted = span_of(settings).shape(example, settings) if any("latents" in part for part in content) else 0
-                content, latents = _with_latents(content, wanted, hidden, f"answer {number}")
+            content, where = answers[number], f"answer {number}"
+            if not isinstance(content, str) and _holds_latents(content, where):
+                # As `generate` sees it: a span's size may depend on all of the prompt.
+                asked_for = processor.lay_out(processor.render(said, True, imagined_grid=shape))
+                wanted = spans.shape_of(span_of(settings), asked_for, settings)
+                content, latents = _with_latents(content, wanted, hidden, where)
+                given += latents
             said.append({"role": "assistant", "content": content})
-            example = processor.lay_out(processor.render(said, imagined_grid=shape))
-            given += latents
-        examples.append(example)
+        examples.append(processor.lay_out(processor.render(said, answers is None, imagined_grid=shape)))
     return Prompts(examples, np.concatenate(given, dtype=given[-1].dtype))
+
+
+def _holds_latents(content: Sequence[dict], where: str) -> bool:
+    """Whether a given answer holds latents. Raises UserError for a part that is neither these nor text."""
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "latents"):
+            raise UserError(f"{where}: a part {part!r:.100}; expected text or latents")
+    return any(part["type"] == "latents" for part in content)
 
 
 def _with_latents(
@@ -148,19 +156,22 @@ def _with_latents(
     """(the content with imagine parts in the place of its latents, these latents)."""
     parts, latents = [], []
     for part in content:
-        if isinstance(part, dict) and part.get("type") == "latents":
+        if part["type"] == "latents":
             latents.append(_fitting(part.get("latents"), shape, hidden, where))
             part = {"type": "imagine", "grid": shape}
-        elif not isinstance(part, dict) or part.get("type") != "text":
-            raise UserError(f"{where}: a part {part!r:.100}; expected text or latents")
         parts.append(part)
     return parts, latents
 
 
 def _fitting(array: object, shape: int | tuple[int, int], hidden: int, where: str) -> np.ndarray:
     """The array. Raises UserError where it is none of the inputs of a part of this shape."""
-    expected, found = (Slots(shape).count, hidden), np.asarray(array)
-    if found.shape != expected or not np.isfinite(found.astype(np.float32)).all():
+    expected = (Slots(shape).count, hidden)
+    try:
+        found = np.asarray(array)
+        finite = bool(np.isfinite(found.astype(np.float32)).all())
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: got {array!r:.100}, expected an array of {expected} finite numbers") from None
+    if found.shape != expected or not finite:
         raise UserError(f"{where}: an array of shape {found.shape}, expected {expected} finite numbers")
     return found
 

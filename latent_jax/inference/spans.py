@@ -4,6 +4,8 @@ Every row has its own place, so that a row's answer does not depend on its neigh
 latent, in one program of static shapes (methods/contract.py, `Span`).
 """
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,14 +74,12 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
     number = np.zeros(rows, np.int32)
     arrays = np.zeros((rows, span.kept, most, width), np.float32)
     for row, (example, own) in enumerate(zip(examples, given, strict=True)):
-        wanted = span.shape(example, config)
+        wanted = shape_of(span, example, config)
         shape[row] = (wanted, 0) if isinstance(wanted, int) else wanted
         count = _count(shape[row])
-        if not 1 <= count <= most:
-            raise UserError(f"a span of {wanted} latents; expected 1 to {most}")
         may_open[row] = own is None or len(own) > 0
         for j, array in enumerate(own or ()):
-            if j >= span.kept or np.shape(array) != (count, width) or not np.isfinite(np.asarray(array)).all():
+            if j >= span.kept or np.shape(array) != (count, width) or not _finite(array):
                 raise UserError(
                     f"span {j} of a conversation is given an array of shape {np.shape(array)}; expected "
                     f"{(count, width)} finite numbers, in at most {span.kept} spans"
@@ -87,6 +87,18 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
             arrays[row, j, :count] = array
             number[row] = j + 1
     return Rows(shape, may_open, arrays if number.any() else None, number)
+
+
+def shape_of(span: Span, example: Example, config: Any) -> int | tuple[int, int]:
+    """The number of latents of a span in the answer to a prompt, or the rows and columns of their grid.
+
+    Raises UserError where the method gives something else, or more latents than `most`.
+    """
+    wanted, most = span.shape(example, config), span.most(config)
+    sizes = wanted if isinstance(wanted, tuple | list) and len(wanted) == 2 else [wanted]
+    if not all(isinstance(size, numbers.Integral) and size >= 1 for size in sizes) or math.prod(sizes) > most:
+        raise UserError(f"a span of {wanted} latents; expected 1 to {most}, or rows and columns of so many")
+    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(sizes[0])
 
 
 def begin(model: LatentVLM, writing: Writing, base: Int[Array, " R"], carry: Any) -> State:
@@ -134,7 +146,7 @@ def _feed(model: LatentVLM, writing: Writing, state: State) -> tuple[Array, Arra
     latents, inputs, carry = writing.span.feed(
         model, state.hidden, state.carry, jnp.maximum(state.place - 1, 0), writing.config
     )
-    keep = lambda new, old: jnp.where(inside.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    keep = lambda new, old: jnp.where(inside.reshape(-1, *[1] * (old.ndim - 1)), new.astype(old.dtype), old)
     return latents, inputs.astype(words.dtype), jax.tree.map(keep, carry, state.carry)
 
 
@@ -166,10 +178,14 @@ def follow(
     hidden: Float[Array, "R D"],
     newest: Int[Array, " R"],
     chosen: Int[Array, " R"],
+    done: Bool[Array, " R"],
 ) -> tuple[Int[Array, " R"], State]:
-    """(next tokens, state) once the model has read the newest ones; chosen: what it would say next."""
+    """(next tokens, state) once the model has read the newest ones; chosen: what it would say next.
+
+    done: rows whose answers have ended; the model reads on in them, and opens no span.
+    """
     place, grid = state.place, rows.shape[:, 1] > 0
-    entering = (place == 0) & (newest == config.vision_start_token_id) & rows.may_open
+    entering = (place == 0) & (newest == config.vision_start_token_id) & rows.may_open & ~done
     last = (place > 0) & (place == jnp.where(grid, rows.shape[:, 0] * rows.shape[:, 1], rows.shape[:, 0]))
     stays = (entering | (place > 0)) & ~last
     token = jnp.where(last, config.vision_end_token_id, jnp.where(stays, config.image_token_id, chosen))
@@ -227,6 +243,13 @@ def counted(config: ModelConfig, tokens: Sequence[int]) -> tuple[int, int]:
         elif token == config.vision_end_token_id:
             closed, inside = closed + inside, False
     return opened, closed
+
+
+def _finite(array: np.ndarray) -> bool:
+    try:
+        return bool(np.isfinite(array.astype(np.float32)).all())
+    except (TypeError, ValueError):  # no numbers
+        return False
 
 
 def _count(shape: Int[np.ndarray, "2"]) -> int:

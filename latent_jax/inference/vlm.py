@@ -22,7 +22,7 @@ from latent_jax.data.layout import Image, Layout, Slots
 from latent_jax.data.prompt_batch import one_per_row
 from latent_jax.errors import UserError
 from latent_jax.inference import batches, decode, prompts
-from latent_jax.inference.spans import Given, Writing, counted, room, words
+from latent_jax.inference.spans import Given, Writing, counted, room, shape_of, words
 from latent_jax.methods.contract import Batch
 from latent_jax.models import hf_export, hf_io
 from latent_jax.models.heads import LatentVLM
@@ -175,7 +175,7 @@ class VLM:
         if not writing:
             return [0] * len(conversations)
         examples, _ = self.prompts(conversations, [()] * len(conversations))
-        return [Slots(writing.span.shape(example, self.settings)).count for example in examples]
+        return [Slots(shape_of(writing.span, example, self.settings)).count for example in examples]
 
     def words(self, reply: Reply, most: int) -> str:
         """The first `most` tokens of a reply that are no latents or marks of them, as text."""

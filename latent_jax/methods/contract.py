@@ -113,7 +113,7 @@ class Span:
     feed: (model, hidden (R, D), carry, i (R,), config) -> (latents (R, Z) in their own space, inputs (R, D), carry):
       latent i of a span, from 0. A row's result depends on that row alone; rows that are at words are ignored.
     start: (model, batch, merged visual tokens (1, M, D) or None, config) -> carry: what `feed` keeps of every prompt, a
-      pytree of arrays with leading axis R; `batch` as training sees it, with G = 1 and E = R.
+      pytree of arrays with leading axis R, which keep their dtypes; `batch` as training sees it, with G = 1 and E = R.
     rule: (tokens (R, W), number of tokens written (), config) -> (R,): rows whose next token is the opening mark,
       whatever the model would say. None: the model opens its spans itself.
     kept: J, spans of an answer whose latents can be looked at or replaced.

@@ -32,7 +32,8 @@ T = typing.TypeVar("T")  # an array, wherever it is
 def beside(config: Config, head: Mapping[str, T]) -> tuple[Mapping[str, T], dict] | None:
     """The tensors of the head (which may be none) and the document, both saved beside the weights of an export; None
     for a method that leaves nothing for inference."""
-    return (head, document(config)) if head or methods.find(config.method).think else None
+    method = methods.find(config.method)
+    return (head, document(config)) if head or method.think or method.span else None
 
 
 def document(config: Config) -> dict:

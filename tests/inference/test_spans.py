@@ -289,3 +289,83 @@ def test_what_cannot_be_fed_is_told(vlm, given, message):
 def test_a_span_of_more_latents_than_there_is_room_for_is_told(vlm):
     with pytest.raises(UserError, match="a span of 9 latents; expected 1 to 6"):
         answers(vlm, PROMPTS[3:4], dataclasses.replace(SPAN, shape=lambda example, config: 9))
+
+
+def at_once(tokens, count, config):
+    """Asks always."""
+    return jnp.full(len(tokens), True)
+
+
+def test_an_answer_that_has_ended_opens_no_span_while_others_go_on(vlm):
+    """Though its row is computed on: neither of the model's own accord nor by a rule."""
+    conversations = PROMPTS[3:7]
+    words = answers(vlm, conversations, inside=[()] * 4)
+    end = words[0].ids[1]  # what one answer says second, and others much later
+    assert sum(end in answer.ids[:12] for answer in words) < 4
+    examples, given = vlm.prompts(conversations, [()] * 4)
+    for rule, opened in ((lambda tokens, count, config: jnp.full(len(tokens), count > 3), 0), (None, None)):
+        writing = Writing(dataclasses.replace(SPAN, rule=rule), "config", True)
+        found = batches.answers((vlm.model,), examples, given, (end,), max_new_tokens=NEW, writing=writing)
+        for answer in found:
+            assert len(answer.spans) == len(latents_read(answer.ids))
+        assert opened is None or (len(found[0].ids) == 2 and found[0].spans == [])
+        assert max(len(answer.ids) for answer in found) > 8
+
+
+def test_a_rule_that_always_asks_leaves_spans_alone(vlm):
+    ids = answers(vlm, PROMPTS[3:4], dataclasses.replace(SPAN, rule=at_once))[0].ids
+    marks = [vlm.config.vision_start_token_id, vlm.config.image_token_id, vlm.config.vision_end_token_id]
+    count = SPAN.shape(vlm.prompts(PROMPTS[3:4], [()]).examples[0], "config")
+    span = [marks[0], *[marks[1]] * count, marks[2]]
+    assert ids == (span * NEW)[:NEW]
+
+
+def counting(model, hidden, carry, i, config):
+    """Carries of several kinds, one of them given back in another dtype."""
+    seen, mean, rows = carry["seen"], carry["mean"], carry["pair"][0]
+    latents = hidden.astype(jnp.float32) + mean.astype(jnp.float32) + seen[:, None] + rows[:, 0]
+    carry = {"seen": seen + 1, "mean": mean.astype(jnp.float32) * 0.5 + 0.25, "pair": (rows * 0.5, None)}
+    return latents, 0.1 * jnp.tanh(latents), carry
+
+
+def several(model, batch, merged, config):
+    R, D = batch["number"].shape[1], model.vlm.config.text.hidden_size
+    mean = jnp.full((R, D), 0.125, jnp.bfloat16)
+    return {"seen": jnp.zeros(R, jnp.int32), "mean": mean, "pair": (jnp.ones((R, 2, D), jnp.float32), None)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_carried_may_be_of_any_kind(vlm, dtype):
+    """Of 33 prompts, in which rows are left out on the way, as of one; latents keep the dtype that they are made in."""
+    small = dataclasses.replace(vlm, model=jax.tree.map(lambda array: array.astype(dtype), vlm.model))
+    span = Span(most=lambda config: 6, shape=shape, feed=counting, start=several, rule=after_three, kept=1)
+    prompts = [user("one " * n + "What?") for n in range(33)]
+    found = answers(small, prompts, span, new=12)
+    assert all(answer.ids[3] == vlm.config.vision_start_token_id for answer in found if len(answer.ids) > 3)
+    for n in (0, 7, 32):
+        (alone,) = answers(small, prompts[n : n + 1], span, new=12)
+        if dtype == "float32":  # in bf16 another batch's matmuls may round otherwise
+            assert alone.ids == found[n].ids
+        assert len(alone.spans) <= 1
+        for latents, inputs in alone.spans:
+            assert latents.dtype == np.float32 and inputs.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "wanted", [0, -1, 7, (2, 4), (0, 2), (3, 0), (-2, -2), 2.0, (1, 2, 3), "3", None, (2.0, 2), np.zeros(2, int)]
+)
+def test_a_size_of_spans_that_is_none_is_told(vlm, wanted):
+    with pytest.raises(UserError, match=r"a span of .* latents; expected 1 to 6"):
+        answers(vlm, PROMPTS[3:4], dataclasses.replace(SPAN, shape=lambda example, config: wanted))
+
+
+def test_a_size_of_spans_may_be_an_integer_of_numpy(vlm):
+    for wanted in (3, (2, 2)):
+        own = dataclasses.replace(RULED, shape=lambda example, config, wanted=wanted: wanted)
+        numpy = dataclasses.replace(
+            RULED,
+            shape=lambda example, config, wanted=wanted: (
+                np.int64(wanted) if isinstance(wanted, int) else tuple(np.int64(size) for size in wanted)
+            ),
+        )
+        assert answers(vlm, PROMPTS[3:4], numpy)[0].ids == answers(vlm, PROMPTS[3:4], own)[0].ids
