@@ -297,6 +297,23 @@ def test_a_method_that_names_no_record_is_planned_by_the_rule(monkeypatch):
     assert batches.example == "as for examples of one image of at most 64 patches and 64 text tokens"
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"typical": lambda config: {"key": "few"}}, "Method.typical of sft: record 'few': KeyError: 'images'"),
+        (
+            {"typical": lambda config: typical_record(config) | {"images": [b"none"]}},
+            "Method.typical of sft: record 'typical'",
+        ),
+        ({"room": lambda config: Room(slots=1)}, "Method.room of sft has slots=1, but every sampled example needs at"),
+    ],
+)
+def test_a_typical_record_that_cannot_be_laid_out_is_one_line(changed, message, monkeypatch):
+    monkeypatch.setattr(planning.methods, "find", lambda name: dataclasses.replace(TYPICAL, **changed))
+    with pytest.raises(UserError, match=rf"^config\.method: {message}"):
+        planning.prepare(typical_config(), jax.devices()[:4])
+
+
 def test_remat_is_resolved_by_the_planned_devices(shape):
     """By training's rule, which asks the mesh and not the machine that plans."""
     asked = config(shape)

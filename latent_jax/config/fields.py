@@ -145,6 +145,16 @@ def _parts(annotation: Annotation) -> tuple[Annotation, ...]:
     return (annotation,)
 
 
+def known(annotation: Annotation) -> bool:
+    """Whether an option may have this type."""
+    parts = _parts(annotation)
+    if len(parts) > 1:
+        return all(map(known, parts))
+    if typing.get_origin(annotation) is tuple:
+        return all(member is Ellipsis or known(member) for member in typing.get_args(annotation))
+    return annotation in _NAMES
+
+
 def _fit(value: object, annotation: Annotation) -> Any:
     for part in _parts(annotation):
         fitted = _fit_one(value, part)

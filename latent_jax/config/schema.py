@@ -32,12 +32,12 @@ RESERVED = ("versions", "git_commit", "measured", "checksum")
 def schema(method: str) -> type[Config]:
     """The config class of a method.
 
-    Raises UserError for a method that does not exist, and ValueError where its `config` is not a config class.
+    Raises UserError for a method that does not exist, and where its `config` is not a config class.
     """
-    kind = methods.find(method).config
-    if problem := _no_config(kind):
-        raise ValueError(f"method {method!r}: {problem}")
-    return kind
+    found = methods.find(method)
+    if problem := _no_config(found.config) or _no_settings(found.config, found.head_settings):
+        raise UserError(f"config.method: method {method!r}: {problem}")
+    return found.config
 
 
 def _no_config(kind: object) -> str:
@@ -53,7 +53,25 @@ def _no_config(kind: object) -> str:
     for name, section in sections(kind).items():
         if not dataclasses.is_dataclass(section):
             return f"{name} is {fields.shown(section)}, expected a section: a frozen dataclass of options"
+        if not section.__dataclass_params__.frozen:  # the config is hashed where it is a part of a compiled program
+            return f"section {name} is not frozen, expected @dataclasses.dataclass(frozen=True)"
+        for field in dataclasses.fields(section):
+            if "doc" not in field.metadata or not fields.known(fields.annotations(section)[field.name]):
+                return (
+                    f"{name}.{field.name} is no option, expected NAME: TYPE = option(DEFAULT, DOC), the type of int, "
+                    "float, bool, str, a tuple or a union of these"
+                )
+    try:
+        kind()
+    except TypeError as problem:
+        return f"has no default for every section: {problem}"
     return ""
+
+
+def _no_settings(kind: type[Config], keys: Iterable[str]) -> str:
+    """Which of a method's head_settings is no setting of its config; '' where all are."""
+    known = leaves(kind())
+    return next((f"head_settings: {key!r} is no setting of its config" for key in keys if key not in known), "")
 
 
 def default(method: str = "pretrain") -> ml_collections.ConfigDict:

@@ -6,9 +6,9 @@ A module is a method where it has a `METHOD`; `find` looks in this package first
 import functools
 import importlib
 import pkgutil
-from types import ModuleType
 
 from latent_jax.errors import UserError
+from latent_jax.methods import own
 from latent_jax.methods.contract import Method
 
 
@@ -22,23 +22,18 @@ def names() -> list[str]:
 def find(name: str) -> Method:
     """The method of a name: a module of this package, or one of your own that Python finds (`my_package.my_method`).
 
-    Raises UserError where there is none.
+    Raises UserError where there is none. What its own code raises later is a UserError too (own.py).
     """
+    other = ""
     if isinstance(name, str) and all(part.isidentifier() for part in name.split(".")):
         for full in (f"{__name__}.{name}", name):
-            method = getattr(_module(full), "METHOD", None)
-            if isinstance(method, Method):
-                return method
+            module = own.load(full)
+            method = getattr(module, "METHOD", None)
+            if module and isinstance(method, Method):
+                return method if module.__name__.startswith(f"{__name__}.") else own.guarded(method, module)
+            if method is not None:
+                other = f"; the METHOD of {full} is {method!r:.100}, expected a Method(...)"
     raise UserError(
         f"config.method: got {name!r:.100}, expected one of {', '.join(names())}, or a module of your own with a METHOD"
+        + other
     )
-
-
-def _module(name: str) -> ModuleType | None:
-    """None where there is no such module; what a module lacks in its turn is its own error."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as missing:
-        if f"{name}.".startswith(f"{missing.name}."):
-            return None
-        raise UserError(f"config.method: module {name!r} cannot be imported: {missing}") from None

@@ -59,7 +59,7 @@ class Structure:
     def of(cls, model: nnx.Module) -> "Structure":
         """The structure of a module, which may be abstract (`nnx.eval_shape`)."""
         graph, state = nnx.split(model)
-        return cls(graph, {".".join(path): variable for path, variable in nnx.to_flat_state(state)})
+        return cls(graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)})
 
     def axes(self, path: str) -> str:
         return self.variables[path].get_metadata("axes")
@@ -81,5 +81,10 @@ class Structure:
 
     def build(self, arrays: dict[str, jax.Array]) -> nnx.Module:
         """The module with these arrays; every path must be there."""
-        flat = [(tuple(path.split(".")), variable.replace(arrays[path])) for path, variable in self.variables.items()]
+        flat = [(_keys(path), variable.replace(arrays[path])) for path, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def _keys(path: str) -> tuple[str | int, ...]:
+    """Names of attributes, and places in a list of modules or weights."""
+    return tuple(int(part) if part.isdecimal() else part for part in path.split("."))

@@ -11,6 +11,8 @@ from latent_jax.data import packing, tokenizer
 from latent_jax.data.chat import Processor
 from latent_jax.data.image_spec import ImageSpec
 from latent_jax.data.layout import Example, Room
+from latent_jax.data.pipeline import naming
+from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models.qwen2_5_vl import flops
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
@@ -41,7 +43,11 @@ def planned(config, method: Method, shape: ModelConfig, directory: Path | None, 
     if record is None:
         return _ruled(config, method, shape, directory, shards)
     processor, counted = _processor(config, shape, directory)
-    example = processor.lay_out(method.layout(record, 0, config, processor), decode=False)
+    try:
+        with naming(record):
+            example = processor.lay_out(method.layout(record, 0, config, processor), decode=False)
+    except UserError as problem:
+        raise UserError(f"config.method: Method.typical of {config.method}: {problem}") from problem
     batch_shape = resolve.choose([example], config, method, shape.vision, shards)
     resolve.check_groups(batch_shape, shards)
     return Planned(batch_shape, _full(example, batch_shape), f"as for {method_words(example)}{counted}")

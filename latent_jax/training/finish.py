@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 
 from latent_jax.config.training import Config
 from latent_jax.data.chat import Processor
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, one_line
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_export, lora, sums
 from latent_jax.models.heads import LatentVLM
@@ -138,6 +139,16 @@ def _check_files(directory: Path, names: Sequence[str]) -> None:
         )
 
 
+def _reporter(config: Config, method: Method) -> ModuleType | None:
+    """The module of the method's report, None where it has none. Raises UserError where there is no such module."""
+    if not method.report:
+        return None
+    try:
+        return importlib.import_module(method.report)
+    except ImportError as problem:
+        raise UserError(f"config.method: Method.report of {config.method}: {one_line(problem)}") from problem
+
+
 def look_ahead(config: Config, method: Method, directory: Path) -> list[str]:
     """Checks what only the end of the run needs. Returns lines on what will be left out.
 
@@ -145,7 +156,7 @@ def look_ahead(config: Config, method: Method, directory: Path) -> list[str]:
     """
     if config.checkpoint.export and hosts.primary():
         hf_export.check_replaceable(directory / "hf")
-    reporter = importlib.import_module(method.report) if method.report else None
+    reporter = _reporter(config, method)
     _check_files(directory, (FINISHED, *(reporter.FILES if reporter else ())))
     if reporter is None:
         return []

@@ -14,7 +14,7 @@ from latent_jax.config.training import PRESETS, Config, named_sizes
 from latent_jax.data import batch_shapes
 from latent_jax.data.image_spec import ImageSpec
 from latent_jax.data.layout import Example
-from latent_jax.data.packing import BatchShape, Size
+from latent_jax.data.packing import BatchShape, Size, size_of
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
@@ -31,8 +31,10 @@ def choose(
 ) -> BatchShape:
     """The batch's shape for examples like the sampled ones; a size that the config names is kept.
 
-    shards: devices that see different groups. memory: bytes that a batch may take on the hosts.
+    shards: devices that see different groups. memory: bytes that a batch may take on the hosts. Raises UserError where
+    the method makes no room for what it lays out.
     """
+    _check_room(sample, config, method)
     return batch_shapes.choose(
         sample,
         batch_size=config.train.batch_size,
@@ -45,6 +47,19 @@ def choose(
         named=named_sizes(config.data),
         memory=memory,
     )
+
+
+def _check_room(sample: Sequence[Example | Size], config: Config, method: Method) -> None:
+    """Raises UserError where no sampled example fits the room that the method makes: no record is to blame."""
+    sizes = [one if isinstance(one, Size) else size_of(one) for one in sample]
+    room = method.room(config)
+    for name in ("slots", "targets", "reads"):
+        least = min(getattr(size, name) for size in sizes)
+        if least > getattr(room, name):
+            raise UserError(
+                f"config.method: Method.room of {config.method} has {name}={getattr(room, name)}, but every sampled "
+                f"example needs at least {least}"
+            )
 
 
 def check_groups(batch_shape: BatchShape, shards: int) -> None:

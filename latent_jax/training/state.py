@@ -1,6 +1,7 @@
 """What is trained and what is frozen: two flat dicts of arrays, made from a checkpoint or at random."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from latent_jax.errors import UserError
 from latent_jax.methods.contract import Loader, Method
 from latent_jax.models import hf_io, lora
 from latent_jax.models.heads import LatentVLM
-from latent_jax.models.parameters import Structure
+from latent_jax.models.parameters import Statistic, Structure
 from latent_jax.models.qwen2_5_vl import flops
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -148,7 +149,7 @@ def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dt
     """
     sharding.check_heads(mesh, model_config.text.num_attention_heads)
     lora.check(config.model.lora_rank, model_config.text)
-    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    structure = _structure(config, method, model_config)
     frozen = _loaders(structure, config, method)
     paths = trained_paths(structure, config, method, frozen)
     _check_learns(paths, config)
@@ -165,17 +166,39 @@ def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dt
     return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel, frozen)
 
 
+def _structure(config, method: Method, model_config: ModelConfig) -> Structure:
+    """The model with the method's head, without arrays. Raises UserError where the head's weights are not declared."""
+    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    for path, variable in structure.variables.items():
+        known = variable.get_metadata()
+        if not path.startswith("head."):
+            continue
+        trained = structure.trained(path)
+        if not trained and not isinstance(variable, Statistic):
+            problem = f"is a {type(variable).__name__}; expected weights and statistics"
+        elif "axes" not in known or (trained and "decay" not in known):
+            problem = "is not made by models.parameters.Declare, which says its axes and its weight decay"
+        elif not jnp.issubdtype(variable.dtype, jnp.floating):
+            problem = f"is {variable.dtype}, expected floats"
+        elif not math.prod(variable.shape):
+            problem = f"has shape {variable.shape}, expected at least one value"
+        else:
+            continue
+        raise UserError(f"config.method: {path} of {config.method} {problem}")
+    return structure
+
+
 def _loaders(structure: Structure, config, method: Method) -> Mapping[str, Loader]:
     """The method's frozen arrays by path."""
     frozen = method.frozen(config)
     if unknown := sorted(path for path in frozen if not path.startswith("head.") or path not in structure.variables):
-        raise ValueError(f"Method.frozen of {config.method}: {unknown[0]!r} is no path of its head")
+        raise UserError(f"config.method: Method.frozen of {config.method}: {unknown[0]!r} is no path of its head")
     return frozen
 
 
 def check_frozen(config, method: Method, model_config: ModelConfig) -> None:
     """Raises UserError where a frozen network could not be loaded; only file headers are read."""
-    structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
+    structure = _structure(config, method, model_config)
     for path, loader in _loaders(structure, config, method).items():
         variable = structure.variables[path]
         loader.check(path, jax.ShapeDtypeStruct(variable.shape, variable.dtype))
@@ -224,6 +247,17 @@ def new_model(config, method: Method, model_config: ModelConfig) -> LatentVLM:
     return LatentVLM(vlm, head)
 
 
+def _loaded(path: str, load: Loader, like: jax.ShapeDtypeStruct, model: Arrays) -> jax.Array:
+    """A frozen array of the head. Raises UserError where its loader gives something else than was declared."""
+    found = load(path, like, model)
+    if (np.shape(found), found.dtype) != (like.shape, like.dtype):
+        raise UserError(
+            f"config.method: the loader of {path} gave {found.dtype} {np.shape(found)}, "
+            f"expected {like.dtype} {like.shape}"
+        )
+    return jax.device_put(found, like.sharding)
+
+
 def first_state(setup: Setup, directory: str | Path, head: Arrays = types.MappingProxyType({})) -> TrainState:
     """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
 
@@ -249,7 +283,7 @@ def first_state(setup: Setup, directory: str | Path, head: Arrays = types.Mappin
 
     fresh = jax.jit(initialise, out_shardings={path: shardings[path] for path in missing})()
     arrays = {**loaded, **fresh}
-    arrays |= {path: load(path, abstract.frozen[path], arrays) for path, load in setup.frozen.items()}
+    arrays |= {path: _loaded(path, load, abstract.frozen[path], arrays) for path, load in setup.frozen.items()}
     trainable = {path: arrays[path] for path in abstract.trainable}
     frozen = {path: arrays[path] for path in abstract.frozen}
     placed = jax.tree.map(lambda a: a.sharding, abstract.opt_state)

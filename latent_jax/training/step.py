@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from latent_jax.errors import UserError
 from latent_jax.methods.contract import Terms
 from latent_jax.runtime import sharding
 from latent_jax.runtime.devices import compiler_options
@@ -30,6 +31,29 @@ class Step(Protocol):
         """How often it was compiled."""
 
 
+def check_loss(
+    found: Any, coefficients: Mapping[str, Any], weights: Mapping[str, Any], method: str
+) -> tuple[Terms, Terms]:
+    """What a method's loss returned. Raises UserError where it is of another form, or of other terms than the rest."""
+    try:
+        terms, metrics = found
+        pairs = [pair for named in (terms, metrics) for pair in named.values()]
+        scalars = all(len(pair) == 2 and jnp.shape(pair[0]) == jnp.shape(pair[1]) == () for pair in pairs)
+    except (TypeError, ValueError, AttributeError):
+        scalars = False
+    if not scalars:
+        raise UserError(
+            f"config.method: the loss of {method} is not ({{term: (sum, weight)}}, {{metric: (sum, weight)}}) with "
+            "scalars for sum and weight"
+        )
+    if not terms.keys() == coefficients.keys() == weights.keys():
+        raise UserError(
+            f"config.method: the loss of {method} has the terms {sorted(terms)}, its coefficients "
+            f"{sorted(coefficients)}, its weights {sorted(weights)}; expected the same"
+        )
+    return terms, metrics
+
+
 def make_step(setup: Setup) -> Step:
     """The jitted step: (state, batch with leading (A, G)) -> (new state, metrics as scalars).
 
@@ -46,7 +70,7 @@ def make_step(setup: Setup) -> Step:
 
         def objective(trainable: Arrays, micro: Arrays) -> Losses:
             model = setup.build(trainable, state.frozen, setup.attention.implementation)
-            terms, metrics = method.loss(model, micro, config)
+            terms, metrics = check_loss(method.loss(model, micro, config), coefficients, totals, config.method)
             means = {term: total / totals[term] for term, (total, _) in terms.items()}
             whole = sum(coefficients[term] * mean for term, mean in means.items())
             return cast(Array, whole), (means, metrics)

@@ -256,7 +256,7 @@ def test_a_class_that_is_not_a_methods_config_is_refused(config, message):
     sys.modules["latent_jax.methods.fake"].METHOD = made
     methods.find.cache_clear()
     schema.schema.cache_clear()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):  # one line, wherever a method of one's own is asked for
         schema.schema("fake")
     methods.find.cache_clear()
     schema.schema.cache_clear()
