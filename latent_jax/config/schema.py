@@ -53,7 +53,8 @@ def _no_config(kind: object) -> str:
     for name, section in sections(kind).items():
         if not dataclasses.is_dataclass(section):
             return f"{name} is {fields.shown(section)}, expected a section: a frozen dataclass of options"
-        if not section.__dataclass_params__.frozen:  # the config is hashed where it is a part of a compiled program
+        parameters = vars(section)["__dataclass_params__"]
+        if not parameters.frozen:  # the config is hashed where it is a part of a compiled program
             return f"section {name} is not frozen, expected @dataclasses.dataclass(frozen=True)"
         for field in dataclasses.fields(section):
             if "doc" not in field.metadata or not fields.known(fields.annotations(section)[field.name]):

@@ -17,11 +17,7 @@ from latent_jax.errors import UserError, one_line
 from latent_jax.methods.contract import CachedTargets, Method, Span, Statistics, Think
 
 _LONGEST = 400  # characters of an exception's message: jax's may fill a page
-_BESIDE = {
-    "config",
-    "layout",
-    "images",
-}  # a class; what sees one record, whose key is then named (pipeline.naming)
+_BESIDE = {"config", "layout", "images"}  # a class; what sees one record, whose key is then named (pipeline.naming)
 _RESULTS: dict[str, type] = {"room": Room, "passes": int}
 
 
@@ -61,7 +57,7 @@ def _told(function: Callable, module: ModuleType, where: str, kind: type | None)
     name, file = module.__name__, getattr(module, "__file__", None)
 
     @functools.wraps(function, updated=())
-    def call(*arguments, **options):
+    def call(*arguments: Any, **options: Any) -> Any:
         try:
             found = function(*arguments, **options)
         except (UserError, MemoryError):

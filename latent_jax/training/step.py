@@ -38,14 +38,13 @@ def check_loss(
     try:
         terms, metrics = found
         pairs = [pair for named in (terms, metrics) for pair in named.values()]
-        scalars = all(len(pair) == 2 and jnp.shape(pair[0]) == jnp.shape(pair[1]) == () for pair in pairs)
+        if not all(len(pair) == 2 and jnp.shape(pair[0]) == jnp.shape(pair[1]) == () for pair in pairs):
+            raise ValueError("not pairs of scalars")
     except (TypeError, ValueError, AttributeError):
-        scalars = False
-    if not scalars:
         raise UserError(
             f"config.method: the loss of {method} is not ({{term: (sum, weight)}}, {{metric: (sum, weight)}}) with "
             "scalars for sum and weight"
-        )
+        ) from None
     if not terms.keys() == coefficients.keys() == weights.keys():
         raise UserError(
             f"config.method: the loss of {method} has the terms {sorted(terms)}, its coefficients "

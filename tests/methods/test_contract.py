@@ -9,7 +9,6 @@ import functools
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -241,21 +240,6 @@ def arrays(directory, step=2):
         return {**checkpoints.restore_item(step, "trainable"), **checkpoints.restore_item(step, "frozen")}
 
 
-def test_a_killed_run_resumes_to_the_bit(made, scenes, tmp_path):
-    directory = tmp_path / "run"
-    shutil.copytree(made, directory)
-    shutil.rmtree(directory / "checkpoints" / "2")
-    for name in ("finished.json", "hf"):
-        path = directory / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train.run(run_config(scenes), directory)
-    found, want = arrays(directory), arrays(made)
-    assert found.keys() == want.keys()
-    for path, array in want.items():
-        np.testing.assert_array_equal(found[path], array, err_msg=path)
-    assert (directory / "metrics.jsonl").read_text().count("\n") == 2
-
-
 def test_what_learns_is_what_the_method_says(made):
     before = {**jax.device_get(Structure.of(model_of(NAME)).arrays(model_of(NAME)))}
     after = arrays(made)
@@ -332,7 +316,7 @@ def test_a_head_of_another_method_is_not_taken_for_ones_own(made, scenes, tmp_pa
     assert f"its head is of method {NAME}; that of pretrain starts anew" in capsys.readouterr().err
 
 
-def test_a_run_by_the_command_line_is_killed_and_goes_on(made, scenes, tmp_path):
+def test_a_run_of_another_process_is_killed_and_resumes_to_the_bit(made, scenes, tmp_path):
     """Another process finds the method by its name alone, and a SIGKILL behind its first checkpoint loses nothing."""
     code = (
         "import os, signal, sys; sys.path.insert(0, os.getcwd()); sys.argv = ['main.py']\n"
