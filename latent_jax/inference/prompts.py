@@ -168,6 +168,7 @@ def _fitting(array: object, shape: int | tuple[int, int], hidden: int, where: st
     expected = (Slots(shape).count, hidden)
     try:
         found = np.asarray(array)
+        found = found if jnp.issubdtype(found.dtype, jnp.floating) else found.astype(np.float32)
         finite = bool(np.isfinite(found.astype(np.float32)).all())
     except (TypeError, ValueError):
         raise UserError(f"{where}: got {array!r:.100}, expected an array of {expected} finite numbers") from None

@@ -92,7 +92,8 @@ def saved_head(setup: Setup, directory: str | Path) -> Arrays:
         return {}
     made = settings(found, str(where))
     if made.method not in (config.method, *setup.method.heads):
-        _say(f"{directory}: its head is of method {made.method}; that of {config.method} starts anew")
+        if tensors:
+            _say(f"{directory}: its head is of method {made.method}; that of {config.method} starts anew")
         return {}
     wanted = {n: path for n, path in paths.items() if setup.method.exported(n) and path not in setup.frozen}
     for name, path in wanted.items():

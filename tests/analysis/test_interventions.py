@@ -12,6 +12,7 @@ from latent_jax.config import schema
 from latent_jax.config.evaluation import LATENTS
 from latent_jax.errors import UserError
 from latent_jax.evaluate import Backend
+from latent_jax.inference.prompts import Thought
 from tests.reference import benchmark_records as records
 from tests.reference import imagining
 from tests.reference.stub_facade import Facade, question, thought
@@ -151,3 +152,24 @@ def test_geometry_is_that_of_the_predicted_latents():
 def test_settings_that_do_not_go_together(changes, message):
     with pytest.raises(UserError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("name", ["mean", "noise"])
+def test_latents_of_a_size_that_the_sample_has_not_take_the_mean_at_the_same_share(name):
+    """A span that its reply's end cut short, where all of the sample's were whole."""
+    rng = np.random.default_rng(0)
+    sample = [Thought(each, each) for each in rng.normal(size=(5, 4, 3)).astype(np.float32)]
+    known = interventions.moments(sample)
+    assert known.mean.shape == (4, 3)
+    still = known._replace(deviation=np.zeros_like(known.mean))  # noise of no size is the mean
+    for size, places in ((2, [0, 2]), (1, [0]), (4, [0, 1, 2, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3])):
+        found = interventions.replaced(name, np.ones((size, 3), np.float32), still, 0)
+        np.testing.assert_allclose(found, known.mean[places])
+    assert interventions.replaced(name, np.ones((2, 3), np.float32), known, 0).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["mean", "noise"])
+def test_a_mean_of_no_latents_is_told(name):
+    """The first reply with latents is none of the sample."""
+    with pytest.raises(UserError, match=rf"config\.evaluate\.latents={name}: no reply to a sample"):
+        interventions.replaced(name, np.ones((2, 3), np.float32), interventions.moments([]), 0)

@@ -297,18 +297,17 @@ def at_once(tokens, count, config):
 
 def test_an_answer_that_has_ended_opens_no_span_while_others_go_on(vlm):
     """Though its row is computed on: neither of the model's own accord nor by a rule."""
-    conversations = PROMPTS[3:7]
-    words = answers(vlm, conversations, inside=[()] * 4)
-    end = words[0].ids[1]  # what one answer says second, and others much later
-    assert sum(end in answer.ids[:12] for answer in words) < 4
-    examples, given = vlm.prompts(conversations, [()] * 4)
-    for rule, opened in ((lambda tokens, count, config: jnp.full(len(tokens), count > 3), 0), (None, None)):
+    free = answers(vlm, PROMPTS)
+    row = next(row for row, answer in enumerate(free) if answer.ids[0] != vlm.config.vision_start_token_id)
+    end = free[row].ids[0]  # a word that some answers begin with
+    examples, given = vlm.prompts(PROMPTS, [()] * len(PROMPTS))
+    for rule in (lambda tokens, count, config: jnp.full(len(tokens), count > 3), None):
         writing = Writing(dataclasses.replace(SPAN, rule=rule), "config", True)
         found = batches.answers((vlm.model,), examples, given, (end,), max_new_tokens=NEW, writing=writing)
+        assert found[row].ids == [end] and found[row].spans == []
+        assert max(len(answer.ids) for answer in found) == NEW
         for answer in found:
             assert len(answer.spans) == len(latents_read(answer.ids))
-        assert opened is None or (len(found[0].ids) == 2 and found[0].spans == [])
-        assert max(len(answer.ids) for answer in found) > 8
 
 
 def test_a_rule_that_always_asks_leaves_spans_alone(vlm):
@@ -340,14 +339,13 @@ def test_what_is_carried_may_be_of_any_kind(vlm, dtype):
     span = Span(most=lambda config: 6, shape=shape, feed=counting, start=several, rule=after_three, kept=1)
     prompts = [user("one " * n + "What?") for n in range(33)]
     found = answers(small, prompts, span, new=12)
-    assert all(answer.ids[3] == vlm.config.vision_start_token_id for answer in found if len(answer.ids) > 3)
-    for n in (0, 7, 32):
-        (alone,) = answers(small, prompts[n : n + 1], span, new=12)
-        if dtype == "float32":  # in bf16 another batch's matmuls may round otherwise
-            assert alone.ids == found[n].ids
-        assert len(alone.spans) <= 1
-        for latents, inputs in alone.spans:
+    assert sum(len(answer.spans) for answer in found) > 20
+    for answer in found:
+        assert len(answer.spans) <= 1  # kept
+        for latents, inputs in answer.spans:
             assert latents.dtype == np.float32 and inputs.dtype == dtype
+    if dtype == "float32":  # in bf16 another batch's matmuls may round otherwise
+        assert answers(small, prompts[7:8], span, new=12)[0].ids == found[7].ids
 
 
 @pytest.mark.parametrize(
