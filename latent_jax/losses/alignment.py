@@ -71,7 +71,7 @@ def relational(predicted: Float[Array, "E Z"], target: Float[Array, "E Z"], mask
     weight = mask.sum(dtype=predicted_cosine.dtype)
     pairs = mask[:, None] & mask[None, :] & ~jnp.eye(len(mask), dtype=bool)
 
-    def mean_over_partners(values):
+    def mean_over_partners(values: Float[Array, "E E"]) -> Float[Array, ""]:
         return jnp.where(pairs, values, 0).sum() / jnp.maximum(weight - 1, 1)
 
     total = mean_over_partners((predicted_cosine - target_cosine) ** 2)

@@ -55,8 +55,8 @@ def similarity(
 
     predicted_norm, target_norm = _norm(predicted), _norm(target)
     cosine = jnp.einsum("ESZ,ESZ->ES", predicted, target) / (predicted_norm * target_norm)
-    norms = (jnp.where(valid, x, 0).sum() for x in (predicted_norm, target_norm))
-    metrics = {"cosine": (cosine.sum(), weight), "norm_ratio": tuple(norms)}
+    norms = jnp.where(valid, predicted_norm, 0).sum(), jnp.where(valid, target_norm, 0).sum()
+    metrics = {"cosine": (cosine.sum(), weight), "norm_ratio": norms}
 
     difference = predicted - target
     if kind == "cosine":
@@ -95,7 +95,7 @@ def _contrastive(
     slots = jnp.arange(predicted.shape[1])
 
     @jax.checkpoint
-    def one_slot(inputs):
+    def one_slot(inputs: tuple[Float[Array, "E Z"], Array]) -> tuple[Float[Array, " E"], Bool[Array, " E"]]:
         queries, slot = inputs
         logits = jnp.einsum("EZ,USZ->EUS", queries, target, precision="highest") / temperature
         logits = jnp.where(valid, logits, -1e30)  # finite: a row without any valid key must not become NaN

@@ -74,7 +74,7 @@ def packed_mask(
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     view = (view_ids[:, None, :] == 0) | (view_ids[:, :, None] == view_ids[:, None, :])
     mask = same & view & jnp.tril(jnp.ones((T, T), bool))
-    if hidden is not None:
+    if hidden is not None and late is not None:
         mask &= ~(late[:, :, None] & hidden[:, None, :])
     return mask[:, None]
 
@@ -124,11 +124,11 @@ def cached_attention(
         for k, _, mask in parts
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0][1].dtype)
-    out, start = 0, 0
+    out, start = [], 0
     for _, v, _ in parts:
-        out += jnp.einsum("RKXU,RKUH->RKXH", weights[..., start : start + v.shape[2]], v)
+        out.append(jnp.einsum("RKXU,RKUH->RKXH", weights[..., start : start + v.shape[2]], v))
         start += v.shape[2]
-    return out.reshape(R, N, H)
+    return sum(out[1:], out[0]).reshape(R, N, H)
 
 
 def block_attention(

@@ -100,11 +100,13 @@ def _weighted_sums(
 ) -> tuple[Array, Array]:
     """(X, D), (V, D), (X,), (X,) -> the weighted sums of cross-entropy and of correctness."""
 
-    def local(axes: tuple[str, ...], hidden, weight, targets, loss_weights):
-        def step(_, inputs):
+    def local(
+        axes: tuple[str, ...], hidden: Array, weight: Array, targets: Array, loss_weights: Array
+    ) -> tuple[Array, ...]:
+        def step(carry: None, inputs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
             hidden, targets, loss_weights = inputs
             loss, correct, _, _ = _score(_logits(hidden, weight), targets)
-            return None, (loss_weights @ loss, loss_weights @ correct)
+            return carry, (loss_weights @ loss, loss_weights @ correct)
 
         weight = _whole(weight, hidden, axes)
         chunks = _chunk_count(hidden.shape[0], chunk)
@@ -115,11 +117,15 @@ def _weighted_sums(
     return _on_mesh(local, hidden, weight, (P(), P()))(hidden, weight, targets, loss_weights)
 
 
-def _weighted_sums_forward(hidden: Array, weight: Array, targets: Array, loss_weights: Array, chunk: int):
+def _weighted_sums_forward(
+    hidden: Array, weight: Array, targets: Array, loss_weights: Array, chunk: int
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array, Array]]:
     dtype = loss_weights.dtype
 
-    def local(axes: tuple[str, ...], hidden, weight, targets, loss_weights):
-        def step(weight_gradient, inputs):
+    def local(
+        axes: tuple[str, ...], hidden: Array, weight: Array, targets: Array, loss_weights: Array
+    ) -> tuple[Array, ...]:
+        def step(weight_gradient: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
             hidden, targets, loss_weights = inputs
             logits = _logits(hidden, weight)
             loss, correct, log_normaliser, one_hot = _score(logits, targets)
@@ -142,11 +148,13 @@ def _weighted_sums_forward(hidden: Array, weight: Array, targets: Array, loss_we
 
     tokens, table = _specs(hidden, weight)
     run = _on_mesh(local, hidden, weight, (P(), P(), tokens, table, tokens, tokens))
-    *sums, hidden_gradient, weight_gradient, loss, correct = run(hidden, weight, targets, loss_weights)
-    return tuple(sums), (hidden_gradient, weight_gradient, loss, correct)
+    total, right, hidden_gradient, weight_gradient, loss, correct = run(hidden, weight, targets, loss_weights)
+    return (total, right), (hidden_gradient, weight_gradient, loss, correct)
 
 
-def _weighted_sums_backward(_, residuals, cotangents):
+def _weighted_sums_backward(
+    _: int, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, Array]:
     hidden_gradient, weight_gradient, loss, correct = residuals
     total, correct_total = cotangents
     return (
@@ -192,7 +200,7 @@ def _whole(weight: Array, hidden: Array, axes: tuple[str, ...]) -> Array:
     return lax.all_gather(weight, "fsdp", axis=1, tiled=True) if parts else weight
 
 
-def _back(gradient: Array, stored: tuple[int, int], axes: tuple[str, ...]) -> Array:
+def _back(gradient: Array, stored: tuple[int, ...], axes: tuple[str, ...]) -> Array:
     """The gradient summed over devices, in the part of D that this device keeps."""
     if not axes or stored == gradient.shape:
         return _add(gradient, axes)

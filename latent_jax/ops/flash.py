@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,12 @@ def cudnn(
     k: Float[Array, "R U K H"],
     v: Float[Array, "R U K H"],
     mask: Bool[Array, "R 1 T U"],
-    kernel: str = "cudnn",
+    kernel: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "R T N H"]:
     """`attention` by cuDNN's fused kernels; bfloat16 or float16. `kernel` "xla" goes the same way on any platform."""
     T, U = mask.shape[2:]
 
-    def local(q, k, v, mask):
+    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
         # Its backward pass takes even lengths only.
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
         mask = _padded(mask, T % 2, U % 2)
@@ -88,7 +88,7 @@ def splash(
     """`attention` by splash attention with a dynamic mask; `interpret` runs the kernel's own steps on any platform."""
     T, U = mask.shape[2:]
 
-    def row(q, k, v, mask):
+    def row(q: Array, k: Array, v: Array, mask: Array) -> Array:
         kernel = _kernels().make_splash_mha(
             mask,
             block_sizes=_block_sizes(q.shape[1], k.shape[1], SPLASH_BLOCK),
@@ -100,7 +100,7 @@ def splash(
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         return kernel(q, k, v)
 
-    def local(q, k, v, mask):
+    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
         q, k, v = _heads_first(q * q.shape[-1] ** -0.5), _heads_first(k), _heads_first(v)
         out = jax.vmap(row)(q, k, v, _padded(mask, -T % LANES, -U % LANES))
         return jnp.swapaxes(out, 1, 2)[:, :T]
@@ -119,7 +119,7 @@ def splash_runs(
     """`block_attention` by splash attention: patches of one run stand less than `block` apart."""
     length = q.shape[1]
 
-    def local(q, k, v, ids):
+    def local(q: Array, k: Array, v: Array, ids: Array) -> Array:
         kernels = _kernels()
         N, padded = q.shape[2], length + -length % LANES
         near = kernels.LocalMask((padded, padded), (block - 1, block - 1), 0)

@@ -9,12 +9,14 @@ Everything here asks for the ambient mesh (the training step sets it) and does n
 """
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 AXES = ("replica", "fsdp", "tp")
 GROUPS = ("replica", "fsdp")
@@ -60,9 +62,10 @@ def rows(x: jax.Array) -> jax.Array:
 
 def gather(weight: jax.Array, axes: str) -> jax.Array:
     """The weight whole over `fsdp` (still split over `tp`); its gradient comes back scattered as the weight lies."""
-    if not gathers():
+    mesh = ambient()
+    if mesh is None or not gathers():
         return weight
-    stored = weight_spec(axes, weight.shape, ambient())
+    stored = weight_spec(axes, weight.shape, mesh)
     if "fsdp" not in stored:
         return weight
     return _gather(weight, stored)
@@ -76,7 +79,7 @@ def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
 
-def gather_module(module: nnx.Module, skip: str = "L") -> nnx.Module:
+def gather_module(module: Module, skip: str = "L") -> Module:
     """The module with every weight gathered; a leading letter `skip` that a scan has taken off is passed over."""
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
