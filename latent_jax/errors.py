@@ -16,6 +16,8 @@ class UserError(Exception):
 class Stopped(SystemExit):
     """A run that a signal ended in order, after it saved what it had: status 128 + the signal's number."""
 
+    code: int
+
     def __init__(self, number: int):
         super().__init__(128 + number)
 

@@ -81,7 +81,7 @@ class Checkpoints:
         self, directory: str | Path, every: int = 1, keep: int = 0, *, read_only: bool = False, run: str | None = None
     ):
         self.directory, self.every, self._run = Path(directory).absolute(), every, run
-        self._policy = None
+        self._policy: asyncio.AbstractEventLoopPolicy | None = None
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(f"{self.directory}: not a directory; expected a run's checkpoints, or nothing")
         self._check_names()
@@ -274,7 +274,7 @@ class Checkpoints:
             # Not the manager's: after each item it waits for every host, also for one that could not read it.
             return ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(abstract))
 
-    def _compare(self, step: int, name: str, restored, saved: checksums.Sums | None, finite: bool) -> None:
+    def _compare(self, step: int, name: str, restored: object, saved: checksums.Sums | None, finite: bool) -> None:
         """Raises Damaged where an array is not the one that was saved, or not `finite` where it must be.
 
         Checkpoints of earlier versions have no sums (None), and may hold what is not finite.

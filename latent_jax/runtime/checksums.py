@@ -67,8 +67,8 @@ def _host(array: np.ndarray) -> tuple[int, int, bool]:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
         parts = list(pool.map(functools.partial(_piece, words, _EXPONENT.get(array.dtype.name)), pieces))
     plain, odd, finite = zip(*parts, strict=True) if parts else ((), (), ())
-    finite = all(finite) and (array.dtype.name in _EXPONENT or _finite(array))
-    return sum(plain) % 2**32, sum(odd) % 2**32, finite
+    sound = all(finite) and (array.dtype.name in _EXPONENT or _finite(array))
+    return sum(plain) % 2**32, sum(odd) % 2**32, sound
 
 
 def _finite(array: np.ndarray) -> bool:

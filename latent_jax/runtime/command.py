@@ -15,9 +15,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from latent_jax.errors import Stopped, UserError, one_line, os_error, say_line
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs as UnraisableHookArgs
+else:  # a type of the checker's alone
+    UnraisableHookArgs = Any
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def command(main: Callable) -> Callable:
+def command(main: Callable[Given, Result]) -> Callable[Given, Result]:
     """Decorates a command's `main`: whatever ends it early is one line on standard error and a status.
 
     Code that catches exceptions broadly, and callbacks out of C++, can swallow a KeyboardInterrupt or turn it into
@@ -35,10 +44,10 @@ def command(main: Callable) -> Callable:
     """
 
     @functools.wraps(main)
-    def run(*arguments, **options):
+    def run(*arguments: Given.args, **options: Given.kwargs) -> Result:
         interrupted = threading.Event()
 
-        def interrupt(_number, _frame):
+        def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
             interrupted.set()
             raise KeyboardInterrupt
 
@@ -93,13 +102,14 @@ def begin_command() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     hook = sys.excepthook
 
-    def say(kind, value, trace):
+    def say(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
-            return hook(kind, value, trace)
+            hook(kind, value, trace)
+            return
         say_line("interrupted")
         # An exit status cannot be chosen here, and the interpreter's own ends the process by the signal.
         sys.stderr.flush()
-        return os._exit(130)
+        os._exit(130)
 
     sys.excepthook = say
     _open_standard_streams()
@@ -127,13 +137,13 @@ def _end(status: int, line: str) -> NoReturn:
     raise SystemExit(status) from None
 
 
-def _end_where_swallowed(hook):
-    def end(unraisable):
+def _end_where_swallowed(hook: Callable[[UnraisableHookArgs], object]) -> Callable[[UnraisableHookArgs], None]:
+    def end(unraisable: UnraisableHookArgs) -> None:
         # Raised in a callback that cannot raise (jax's of the garbage collector): Python would print it and go on.
         if issubclass(unraisable.exc_type or Exception, KeyboardInterrupt):
             say_line("interrupted")
             os._exit(130)
-        if issubclass(unraisable.exc_type or Exception, Stopped):
+        if isinstance(unraisable.exc_value, Stopped):
             os._exit(unraisable.exc_value.code)
         if isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed":
             # What tensorstore reads or writes beside something that failed, whose error is raised where it counts.

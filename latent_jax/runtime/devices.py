@@ -53,7 +53,8 @@ def enable_compile_cache() -> None:
     in a collective while another process runs one too (jax 0.10.2, five times of five). Starts jax's backend.
     """
     warnings.filterwarnings("ignore", message=".*Multiple temp buffer allocations")
-    if jax.config.jax_compilation_cache_dir or (jax.default_backend() == "cpu" and jax.local_device_count() > 1):
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # jax makes its settings as it is loaded
+    if chosen or (jax.default_backend() == "cpu" and jax.local_device_count() > 1):
         return
     directory = files.cache_directory() / "xla"
     try:

@@ -52,13 +52,13 @@ class EventWriter:
             self._file.flush()
 
 
-def _field(number: int, wire: int, value) -> bytes:
+def _field(number: int, wire: int, value: int | float | bytes) -> bytes:
     """One protobuf field: key, then a varint, eight bytes, four bytes, or a length with that many bytes."""
     key = _varint(number << 3 | wire)
-    if wire == _VARINT:
-        return key + _varint(value)
-    if wire == _BYTES:
+    if isinstance(value, bytes):
         return key + _varint(len(value)) + value
+    if isinstance(value, int):
+        return key + _varint(value)
     return key + struct.pack("<d" if wire == _DOUBLE else "<f", value)
 
 

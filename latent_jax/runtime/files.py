@@ -23,7 +23,7 @@ _CONTENT, _SUM = "content", "checksum"
 
 def cache_directory() -> Path:
     """Where compiled programs and generated data are kept: $LATENT_JAX_CACHE, else ~/.cache/latent_jax."""
-    named = os.environ.get("LATENT_JAX_CACHE")
+    named: str | Path | None = os.environ.get("LATENT_JAX_CACHE")
     if not named:
         try:
             named = Path.home() / ".cache" / "latent_jax"

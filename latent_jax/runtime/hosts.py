@@ -111,22 +111,23 @@ def _count(name: str) -> int:
 
 def _initialise(settings: Settings) -> tuple[int, int]:
     """(this host, how many), from the coordination service: jax.process_index() would start the backend."""
-    given = {"heartbeat_timeout_seconds": settings.timeout, "shutdown_timeout_seconds": _FAREWELL}
-    if settings.coordinator:
-        given |= dict(
-            coordinator_address=settings.coordinator,
-            num_processes=settings.count,
-            process_id=settings.index,
-            cluster_detection_method="deactivate",
-        )
-    elif settings.cluster not in ("auto", "tpu"):  # of TPUs jax knows several environments, and tells them apart
-        given |= {"cluster_detection_method": settings.cluster}
+    named = bool(settings.coordinator)
+    method = "deactivate" if named else settings.cluster
     # Where jax's own patience ends, it aborts the process from C++. Ours ends first, in one line.
     alone = threading.Timer(settings.start_timeout, _nobody_came, [settings])
     alone.daemon = True
     alone.start()
     try:
-        jax.distributed.initialize(initialization_timeout=settings.start_timeout + _FAREWELL, **given)
+        jax.distributed.initialize(
+            coordinator_address=settings.coordinator or None,
+            num_processes=settings.count if named else None,
+            process_id=settings.index if named else None,
+            # Of TPUs jax knows several environments, and tells them apart.
+            cluster_detection_method=None if method in ("auto", "tpu") else method,
+            initialization_timeout=settings.start_timeout + _FAREWELL,
+            heartbeat_timeout_seconds=settings.timeout,
+            shutdown_timeout_seconds=_FAREWELL,
+        )
     except (LookupError, ImportError) as problem:  # what a cluster's own launcher sets, or its package
         lacks = (
             f"{problem.args[0]} is not in the environment" if isinstance(problem, LookupError) else one_line(problem)
@@ -303,7 +304,8 @@ def _copy(to: NamedSharding) -> Callable:
 def own_groups(mesh: Mesh, groups: int) -> list[int]:
     """Which of a micro-step's groups this host's devices see, ascending."""
     indices = sharding.batch_sharding(mesh).addressable_devices_indices_map((1, groups))
-    return sorted({group for _, held in indices.values() for group in range(*held.indices(groups))})
+    held = [index[1] for index in indices.values() if index is not None]
+    return sorted({group for part in held for group in range(*part.indices(groups))})
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, groups: int) -> dict[str, jax.Array]:

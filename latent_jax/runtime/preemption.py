@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from latent_jax.errors import Stopped
 
@@ -31,7 +32,7 @@ class Asked:
         if self.number:
             self._stop()
 
-    def _handle(self, number: int, _frame) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.number:
             # Not sys.exit: a save that hangs would hang this too. 128 + n is the shell's word for "ended by signal n".
             os._exit(128 + number)

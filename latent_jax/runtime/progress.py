@@ -41,7 +41,8 @@ class Progress:
         self._unit, self._total, self._title = unit, total, f"{title}: " if title else ""
         self._enabled, self._mute = enabled and not mute, mute
         self._stream = stream or sys.stderr
-        self._counted, self._told = None, None  # (step, clock) of the first update; clock of the last line
+        self._counted: tuple[int, float] | None = None  # step and clock of the first update
+        self._told: float | None = None  # clock of the last line
         terminal = self._enabled and self._stream.isatty()
         self._bar = (
             tqdm(
@@ -70,7 +71,8 @@ class Progress:
             return
         shown = _summary(values)
         now = time.monotonic()
-        begun, self._counted = self._counted is None, self._counted or (step, now)
+        begun, counted = self._counted is None, self._counted or (step, now)
+        self._counted = counted
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             if begun:
@@ -83,7 +85,7 @@ class Progress:
             return
         if self._told is None or step >= self._total or now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
-            left = f"  left {self._left(step, now)}" if step != self._counted[0] or step >= self._total else ""
+            left = f"  left {self._left(step, now, *counted)}" if step != counted[0] or step >= self._total else ""
             self.say(f"{self._title}{self._unit} {step}/{self._total}  {shown}{left}".rstrip())
 
     def say(self, line: str) -> None:
@@ -101,8 +103,7 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _left(self, step: int, now: float) -> str:
-        first, began = self._counted
+    def _left(self, step: int, now: float, first: int, began: float) -> str:
         return tqdm.format_interval((now - began) / max(step - first, 1) * (self._total - step))
 
 

@@ -44,7 +44,8 @@ def changes(found: Mapping) -> list[str]:
     """A line for each package, and the commit, that is another than in a run's config.json."""
     then, now = found.get("versions") or {}, versions()
     lines = [f"{name} {then[name]} -> {now.get(name, 'none')}" for name in then if then[name] != now.get(name)]
-    commits = found.get("git_commit"), git_commit()
-    if None not in commits and commits[0] != commits[1]:
-        lines.append("commit {} -> {}".format(*(commit[:12] + "+" * commit.endswith("+") for commit in commits)))
+    began, runs = found.get("git_commit"), git_commit()
+    if began is not None and runs is not None and began != runs:
+        short = [commit[:12] + "+" * commit.endswith("+") for commit in (began, runs)]
+        lines.append(f"commit {short[0]} -> {short[1]}")
     return [f"not as this run began: {', '.join(lines)}; numbers may differ by rounding, or more"] if lines else []
