@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -309,7 +309,7 @@ def load(path: str | Path = "", dtype: str | None = None, devices: Sequence[jax.
     )
     structure = Structure.of(nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
     made = latent_config.rebuild(head, settings, config, origin / hf_io.LATENT_WEIGHTS, wanted) if settings else None
-    model = LatentVLM(cast(Qwen2_5_VL, structure.build(vlm)), made)
+    model = LatentVLM(structure.build(vlm), made)
     copies = tuple(jax.device_put(model, device) for device in devices or ())
     eos = eos_ids(origin, processor.tokenizer, config.text.vocab_size)
     return VLM(model, processor, settings, eos, str(path or "tiny_vl"), copies, stated_positions(origin))

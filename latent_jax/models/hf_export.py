@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -85,15 +85,16 @@ def save(
     if params.keys() != hf_names.shapes(config).keys():
         wrong = sorted(params.keys() ^ hf_names.shapes(config).keys())
         raise ValueError(f"weights missing, or not of this model: {', '.join(wrong)}")
-    if source and (origin := Path(os.path.realpath(source))) in (directory, *directory.parents):
-        what = "replace its own source" if origin == directory else f"stand inside its own source, {origin}"
+    if source and (place := Path(os.path.realpath(source))) in (directory, *directory.parents):
+        what = "replace its own source" if place == directory else f"stand inside its own source, {place}"
         raise UserError(f"{directory}: the export would {what}; expected another directory")
     check_replaceable(directory)
     if source and (Path(source) / ORIGIN_FILE).exists():
         check_origin(source)
     elif source:
         sums.check(source)
-    own, unsound = _own_card(directory), [] if keep_not_finite else None
+    own = _own_card(directory)
+    unsound: list[str] | None = [] if keep_not_finite else None
     origin = Origin.of(source) if source else None
     limit = max_shard_bytes or (math.inf if origin and origin.single_file else MAX_SHARD_BYTES)
     stated = _stated_dtype(Path(source)) if source and not origin else None
@@ -170,9 +171,9 @@ def save_latent(
     """
     entries = {name: tensor_files.Entry.of(np.asarray(tensor)) for name, tensor in tensors.items()}
     wrong = [name for name, tensor in tensors.items() if not np.isfinite(np.asarray(tensor)).all()]
-    if wrong and unsound is None:
-        raise UserError(f"the latent head's '{wrong[0]}' has values that are not finite; it is not exported")
     if wrong:
+        if unsound is None:
+            raise UserError(f"the latent head's '{wrong[0]}' has values that are not finite; it is not exported")
         unsound += wrong
     written = {LATENT_WEIGHTS: tensor_files.write(Path(directory) / LATENT_WEIGHTS, entries)} if entries else {}
     write_json(Path(directory) / LATENT_CONFIG, config)
@@ -187,8 +188,9 @@ def load_latent(directory: str | Path) -> tuple[dict[str, np.ndarray], dict] | N
     if not weights.exists() and not config.exists():
         return None
     tensors = tensor_files.read(weights, written) if weights.exists() or written else {}
-    for name, tensor in tensors.items() if written else ():
-        sums.check_tensor(weights, name, tensor, written["tensors"].get(name))
+    if written:
+        for name, tensor in tensors.items():
+            sums.check_tensor(weights, name, tensor, written["tensors"].get(name))
     if not config.exists():
         raise UserError(f"{config}: no such file, but {LATENT_WEIGHTS} stands beside it")
     return tensors, read_json(config)
@@ -233,13 +235,14 @@ def _pieces(
 
     Where its values are not finite, its name goes into `unsound`; UserError where that is None.
     """
+    starts: Sequence[int] = [0]
     if row.stacked:
         starts, step = [layer], 1
     elif row.ours == row.theirs:
         step = max(1, PIECE_BYTES * value.shape[0] // math.prod(value.shape) // value.dtype.itemsize)
         starts = range(0, value.shape[0], step)
     else:
-        starts, step = [0], value.shape[0]
+        step = value.shape[0]
     for start in starts:
         with np.errstate(over="ignore"):  # said below, with the tensor's name
             rows = host_rows(value, start, min(step, value.shape[0] - start)).astype(dtype, copy=False)
@@ -286,7 +289,8 @@ def host_rows(value: jax.Array | np.ndarray | RowReader, start: int, count: int)
 
 def _shards(entries: Iterator[tuple[str, tensor_files.Entry]], limit: float) -> dict[str, dict]:
     """File name -> its tensors, filled in order up to the limit (a larger tensor has a file of its own)."""
-    shards, used = [{}], 0
+    shards: list[dict[str, tensor_files.Entry]] = [{}]
+    used = 0
     for name, entry in entries:
         if shards[-1] and used + entry.nbytes > limit:
             shards.append({})

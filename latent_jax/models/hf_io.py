@@ -95,7 +95,9 @@ class Checkpoint:
         """Maps `model.safetensors`, or the shards that the index names. Raises UserError naming what is wrong."""
         directory = _located(directory)
         known = sums.check(directory)
-        tensors, files, unread = {}, {}, {}
+        tensors: dict[str, np.ndarray] = {}
+        files: dict[str, str] = {}
+        unread: dict[str, int] = {}
         for file, promised in _weight_files(directory).items():
             found = tensor_files.read(directory / file, known.get(file))
             if missing := [name for name in promised if name not in found]:
@@ -255,9 +257,10 @@ def place_weight(weight: Readable, dtype: np.dtype, sharding: jax.sharding.Shard
     """The weight on its devices. Not jax.make_array_from_callback: that holds all local shards on the host at once."""
     if sharding is None:
         return _transfer(weight, tuple(slice(0, n) for n in weight.shape), dtype, None)
-    shards, first = [], {}
-    for device, index in sharding.addressable_devices_indices_map(weight.shape).items():
-        index = tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, weight.shape, strict=True))
+    shards: list[jax.Array] = []
+    first: dict[tuple, jax.Array] = {}
+    for device, parts in sharding.addressable_devices_indices_map(weight.shape).items():
+        index = tuple(slice(*part.indices(n)[:2]) for part, n in zip(parts or (), weight.shape, strict=True))
         key = tuple((part.start, part.stop) for part in index)
         if key in first:
             shards.append(jax.device_put(first[key], device))  # a replica: no second trip through the files
@@ -318,7 +321,7 @@ def _weight_files(directory: Path) -> dict[str, list[str]]:
     weight_map = read_json(index, expected="JSON with a 'weight_map' of tensors to files").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: {expected}")
-    files = {file: [] for file in sorted(set(weight_map.values()))}
+    files: dict[str, list[str]] = {file: [] for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if not file or Path(file).name != file or file in (".", "..") or "\0" in file or len(file) > 255:
             raise UserError(f"{index}: tensor {shown(name)} is put in {shown(file)}, expected a file name")

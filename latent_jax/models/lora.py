@@ -12,6 +12,7 @@ that would hold a layer's merged weights, and form the whole gradient of W only 
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from latent_jax.models.qwen2_5_vl.config import TextConfig
 
 # What is adapted: every matrix of a layer, with the axes that it takes in. Its other axes come out. r is the rank.
 INPUTS = {"q": "D", "k": "D", "v": "D", "o": "N H", "gate": "D", "up": "D", "down": "F"}
+Weight = TypeVar("Weight", bound=jax.Array | np.ndarray)
 # In a dotted path: whether it is an adapter's.
 PART = ".lora."
 
@@ -91,16 +93,16 @@ class Merged:
         return whole
 
 
-def merge(arrays: Mapping[str, jax.Array | np.ndarray], rank: int, alpha: float) -> dict:
+def merge(arrays: Mapping[str, Weight], rank: int, alpha: float) -> dict[str, Weight | Merged]:
     """Arrays by dotted path with the adapters taken into the weights they adapt; as they are where rank is 0."""
     if not rank:
         return dict(arrays)
-    found = {path: array for path, array in arrays.items() if PART not in path}
+    found: dict[str, Weight | Merged] = {path: array for path, array in arrays.items() if PART not in path}
     for path in [path for path in arrays if PART in path and path.endswith("_a")]:
         owner, _, name = path.removesuffix("_a").partition(PART)
         target = f"{owner}.{name}"
         a, b = arrays[path], arrays[path.removesuffix("_a") + "_b"]
-        found[target] = Merged(found[target], a, b, alpha / rank)
+        found[target] = Merged(arrays[target], a, b, alpha / rank)
     return found
 
 

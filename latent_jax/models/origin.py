@@ -6,7 +6,7 @@ of every tensor; and a checksum of each of these, so that damage is noticed befo
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value))
 
 
-def set_limits(directory: Path, limits: dict[str, int]) -> None:
+def set_limits(directory: Path, limits: Mapping[str, int]) -> None:
     """Pixel limits under every key by which an image processor finds them: newer ones are called sizes of edges."""
     edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
     for name in PROCESSORS:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Statistic(nnx.Variable):
@@ -46,17 +49,17 @@ class Declare:
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
+class Structure(Generic[Module]):
     """A model without its arrays: what turns a flat dict of dotted paths into a module, and back.
 
     Training, checkpoints, HF names and optimiser masks all speak of arrays by dotted path, as `vlm.text.blocks.q`.
     """
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef[Module]
     variables: dict[str, nnx.Variable]
 
     @classmethod
-    def of(cls, model: nnx.Module) -> "Structure":
+    def of(cls, model: Module) -> "Structure[Module]":
         """The structure of a module, which may be abstract (`nnx.eval_shape`)."""
         graph, state = nnx.split(model)
         return cls(graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)})
@@ -75,11 +78,11 @@ class Structure:
     def shape(self, path: str) -> tuple[int, ...]:
         return self.variables[path].shape
 
-    def arrays(self, model: nnx.Module) -> dict[str, jax.Array]:
+    def arrays(self, model: Module) -> dict[str, jax.Array]:
         """The arrays of a module of this structure."""
         return {path: variable[...] for path, variable in Structure.of(model).variables.items()}
 
-    def build(self, arrays: dict[str, jax.Array]) -> nnx.Module:
+    def build(self, arrays: dict[str, jax.Array]) -> Module:
         """The module with these arrays; every path must be there."""
         flat = [(_keys(path), variable.replace(arrays[path])) for path, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))

@@ -11,7 +11,7 @@ of its checksum. README.md is the owner's to edit. A folder without checksums, a
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def of_file(file: Path) -> str:
 
 def of_tensor(tensor: np.ndarray, before: int = 0) -> int:
     """CRC-32 of a tensor's bytes in C order; `before`: that of the pieces which stand before this one."""
-    return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), before)
+    return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data, before)
 
 
 def place(directory: Path) -> Path:
@@ -112,10 +112,10 @@ def _read(where: Path) -> dict:
     return known
 
 
-def _are(found, kind) -> bool:
+def _are(found: object, kind: type | Callable[[object], bool]) -> bool:
     is_one = kind if not isinstance(kind, type) else lambda value: type(value) is kind
     return isinstance(found, dict) and all(map(is_one, found.values()))
 
 
-def _is_written(found) -> bool:
-    return _are({"": found}, dict) and isinstance(found.get("header"), str) and _are(found.get("tensors"), int)
+def _is_written(found: object) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("header"), str) and _are(found.get("tensors"), int)

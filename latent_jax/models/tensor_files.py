@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +60,7 @@ def read(path: Path, written: Mapping | None = None) -> dict[str, np.ndarray]:
     Raises UserError naming the file (and the tensor) if it is missing, truncated, damaged or of an unknown dtype.
     """
     path = Path(path)
-    header, start = _read_header(path, written and written["header"])
+    header, start = _read_header(path, None if written is None else written["header"])
     size = path.stat().st_size
     dtypes = {name: _dtype(path, name, entry) for name, entry in header.items()}
     expected = start + _covered(path, header, dtypes)
@@ -88,7 +89,8 @@ def write(path: Path, entries: Mapping[str, Entry]) -> dict:
     Returns their checksums as a folder keeps them: {"header": of the header, "tensors": {name: CRC-32}}.
     """
     entries = in_order(entries)
-    header, offset = {"__metadata__": {"format": "pt"}}, 0  # "format" is what transformers asks for
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # "format" is what transformers asks for
+    offset = 0
     for name, entry in entries.items():
         header[name] = {
             "dtype": _NAMES[entry.dtype],
@@ -98,7 +100,7 @@ def write(path: Path, entries: Mapping[str, Entry]) -> dict:
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    found = {"header": checksum(text), "tensors": {}}
+    sums_of: dict[str, int] = {}
     partial = path.with_name(path.name + ".partial")
     with naming(path), partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -108,13 +110,13 @@ def write(path: Path, entries: Mapping[str, Entry]) -> dict:
                 if piece.dtype != entry.dtype:
                     raise TypeError(f"{name}: a piece is {piece.dtype}, announced as {entry.dtype}")
                 piece = np.ascontiguousarray(piece)
-                file.write(piece.reshape(-1).view(np.uint8))
+                file.write(piece.reshape(-1).view(np.uint8).data)
                 crc = sums.of_tensor(piece, crc)
             if file.tell() - before != entry.nbytes:
                 raise ValueError(f"{name}: {file.tell() - before} bytes came, {entry.nbytes} were announced")
-            found["tensors"][name] = crc
+            sums_of[name] = crc
     os.replace(partial, path)
-    return found
+    return {"header": checksum(text), "tensors": sums_of}
 
 
 def _read_header(path: Path, written: str | None) -> tuple[dict, int]:
@@ -165,7 +167,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def _refuse(constant: str):
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
@@ -173,15 +175,15 @@ def _size(digits: str) -> int:
     return -1 if digits.startswith("-") else int(digits)  # -0 is no size either
 
 
-def _check_metadata(metadata) -> None:
+def _check_metadata(metadata: object) -> None:
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise ValueError("__metadata__ is not an object of strings")
 
 
-def _is_entry(entry) -> bool:
-    def sizes(value) -> bool:
+def _is_entry(entry: object) -> bool:
+    def sizes(value: object) -> bool:
         # bool is a subclass of int, and 2.0 == 2: neither is a size.
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**64 for n in value)
 

@@ -18,6 +18,7 @@ from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.models import lora
 from latent_jax.models.card import Card
+from latent_jax.models.heads import LatentVLM
 from latent_jax.models.origin import check_origin, kept_license
 from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.config import ModelConfig, from_json
@@ -37,7 +38,7 @@ class Run:
     config: Config
     measured: dict
     model_config: ModelConfig
-    structure: Structure
+    structure: Structure[LatentVLM]
 
     @classmethod
     def of(cls, directory: str | Path) -> "Run":

@@ -36,7 +36,7 @@ def layers_of(text: TextDecoder) -> list[TextBlock] | TextBlock:
 def empty(text: TextDecoder, rows: int, places: int) -> list[KVCache] | KVCache:
     """A cache of zeros for `places` tokens of every row."""
     config = text.config
-    shape = (rows, config.num_key_value_heads, places, config.head_size)
+    shape: tuple[int, ...] = (rows, config.num_key_value_heads, places, config.head_size)
     if config.num_hidden_layers > UNROLLED_LAYERS:
         shape = (config.num_hidden_layers, *shape)
         return KVCache(jnp.zeros(shape, text.embed.dtype), jnp.zeros(shape, text.embed.dtype))
@@ -55,7 +55,7 @@ def seen(
     Where the last token is late, so are the generated ones: they see no hidden token.
     """
     real = jnp.arange(places.shape[1]) < lengths[:, None]
-    if hidden is None:
+    if hidden is None or late is None:
         return real
     return real & ~(late.reshape(-1)[_last(places, lengths)][:, None] & hidden.reshape(-1)[places])
 
@@ -88,11 +88,11 @@ def prefill(
     def by_prompt(each: Float[Array, "B T K H"]) -> Float[Array, "R K U H"]:
         return jnp.swapaxes(each.reshape(B * T, *each.shape[2:])[places], 1, 2)
 
-    def body(x, block):
+    def body(x: Array, block: TextBlock) -> tuple[Array, KVCache]:
         q, k, v = block.qkv(x, angles)
         return block.finish(x, masked_attention(q, k, v, mask)), KVCache(by_prompt(k), by_prompt(v))
 
-    def final(x, block):
+    def final(x: Array, block: TextBlock) -> tuple[Array, KVCache]:
         # Only the last token of a prompt needs the rest of the last layer: query, attention and feed-forward.
         _, k, v = block.qkv(x, angles)
         cache = KVCache(by_prompt(k), by_prompt(v))
@@ -102,15 +102,16 @@ def prefill(
 
     layers, depth = layers_of(text), text.config.num_hidden_layers
     if isinstance(layers, list):
-        cache = []
+        caches: list[KVCache] = []
         for block in layers:
-            x, each = (final if len(cache) + 1 == depth else body)(x, block)
-            cache.append(each)
+            x, each = (final if len(caches) + 1 == depth else body)(x, block)
+            caches.append(each)
+        cache: list[KVCache] | KVCache = caches
     else:
         # By index: a stack without its last layer would be a copy of the model.
-        block = lambda i: jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False), layers)
-        x, cache = jax.lax.scan(lambda x, i: body(x, block(i)), x, jnp.arange(depth - 1))
-        x, each = final(x, block(depth - 1))
+        at = lambda i: jax.tree.map(lambda stacked: jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False), layers)
+        x, cache = jax.lax.scan(lambda x, i: body(x, at(i)), x, jnp.arange(depth - 1))
+        x, each = final(x, at(depth - 1))
         cache = jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), cache, each)
     return rms_norm(x[:, 0], text.norm[...], text.config.rms_norm_eps), cache
 
@@ -129,26 +130,29 @@ def step(
 
     positions: the tokens' M-RoPE positions. real: the prompt tokens that each row sees (`seen`).
     All rows write at the same index n: prompts of different lengths have a cache of their own, so no scatter is needed.
+    Raises ValueError where of layers and caches some are lists and some are stacked.
     """
     angles = text.angles(positions[:, :, None])
     written = (jnp.arange(jax.tree.leaves(recent)[0].shape[-2]) <= n)[None]
 
-    def body(x, block, prompt, recent):
+    def body(x: Array, block: TextBlock, prompt: KVCache, recent: KVCache) -> tuple[Array, KVCache]:
         q, k, v = block.qkv(x[:, None], angles)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), n, axis=2)
         recent = KVCache(write(recent.k, k), write(recent.v, v))
         heads = cached_attention(q[:, 0], (*prompt, real), (*recent, written))
         return block.finish(x[:, None], heads[:, None])[:, 0], recent
 
-    if isinstance(layers, list):
+    if isinstance(layers, list) and isinstance(prompts, list) and isinstance(recent, list):
         news = []
         for block, prompt, old in zip(layers, prompts, recent, strict=True):
             x, new = body(x, block, prompt, old)
             news.append(new)
         recent = news
-    else:
+    elif isinstance(layers, TextBlock) and isinstance(prompts, KVCache) and isinstance(recent, KVCache):
 
-        def turn(carry, layer):
+        def turn(
+            carry: tuple[Array, KVCache], layer: tuple[Array, TextBlock, KVCache]
+        ) -> tuple[tuple[Array, KVCache], None]:
             # In the carry and not among the outputs: there it would be copied whole, here it is changed in place.
             x, recent = carry
             i, block, prompt = layer
@@ -158,5 +162,8 @@ def step(
             return (x, jax.tree.map(put, recent, new)), None
 
         numbers = jnp.arange(text.config.num_hidden_layers)
-        (x, recent), _ = jax.lax.scan(turn, (x, recent), (numbers, layers, prompts))
+        (x, read), _ = jax.lax.scan(turn, (x, recent), (numbers, layers, prompts))
+        recent = read
+    else:
+        raise ValueError("layers and caches: expected three lists, or all three stacked along L")
     return rms_norm(x, text.norm[...], text.config.rms_norm_eps), recent

@@ -9,31 +9,31 @@ from latent_jax.errors import UserError
 from latent_jax.runtime.files import read_json
 
 
-def _number(low: float | None = None, high: float | None = None, above: float | None = None, **default):
-    """A field with the range that a config.json may give it; beyond it lies a slip or an attack, not a model."""
-    return dataclasses.field(metadata=dict(low=low, high=high, above=above), **default)
+def _number(low: float | None = None, high: float | None = None, above: float | None = None) -> dict[str, float | None]:
+    """The range that a config.json may give a field; beyond it lies a slip or an attack, not a model."""
+    return dict(low=low, high=high, above=above)
 
 
-def _size(high: int, **default):
-    return _number(1, high, **default)
+def _size(high: int) -> dict[str, float | None]:
+    return _number(1, high)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The vision tower (HF Qwen2_5_VLVisionConfig). Sizes are in pixels for patch_size and window_size."""
 
-    depth: int = _size(1000)
-    hidden_size: int = _size(2**17)
-    intermediate_size: int = _size(2**20)
-    num_heads: int = _size(2**12)
-    patch_size: int = _size(1024)
-    temporal_patch_size: int = _size(64)
-    spatial_merge_size: int = _size(64)
-    window_size: int = _size(2**20)
-    fullatt_block_indexes: tuple[int, ...] = _number(0, 1000)
-    out_hidden_size: int = _size(2**17)
+    depth: int = dataclasses.field(metadata=_size(1000))
+    hidden_size: int = dataclasses.field(metadata=_size(2**17))
+    intermediate_size: int = dataclasses.field(metadata=_size(2**20))
+    num_heads: int = dataclasses.field(metadata=_size(2**12))
+    patch_size: int = dataclasses.field(metadata=_size(1024))
+    temporal_patch_size: int = dataclasses.field(metadata=_size(64))
+    spatial_merge_size: int = dataclasses.field(metadata=_size(64))
+    window_size: int = dataclasses.field(metadata=_size(2**20))
+    fullatt_block_indexes: tuple[int, ...] = dataclasses.field(metadata=_number(0, 1000))
+    out_hidden_size: int = dataclasses.field(metadata=_size(2**17))
     in_channels: int = dataclasses.field(default=3, metadata=dict(choices=(3,)))
-    tokens_per_second: float = _number(above=0, high=10**6, default=4.0)
+    tokens_per_second: float = dataclasses.field(default=4.0, metadata=_number(above=0, high=10**6))
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
@@ -66,16 +66,16 @@ class VisionConfig:
 class TextConfig:
     """The language model (HF Qwen2_5_VLTextConfig)."""
 
-    vocab_size: int = _size(2**24)
-    hidden_size: int = _size(2**17)
-    intermediate_size: int = _size(2**20)
-    num_hidden_layers: int = _size(1000)
-    num_attention_heads: int = _size(2**12)
-    num_key_value_heads: int = _size(2**12)
-    head_size: int = _size(2**13)
-    rms_norm_eps: float = _number(0, 1)
-    rope_theta: float = _number(above=0, high=10**12)
-    mrope_section: tuple[int, int, int] = _number(0, 2**12)
+    vocab_size: int = dataclasses.field(metadata=_size(2**24))
+    hidden_size: int = dataclasses.field(metadata=_size(2**17))
+    intermediate_size: int = dataclasses.field(metadata=_size(2**20))
+    num_hidden_layers: int = dataclasses.field(metadata=_size(1000))
+    num_attention_heads: int = dataclasses.field(metadata=_size(2**12))
+    num_key_value_heads: int = dataclasses.field(metadata=_size(2**12))
+    head_size: int = dataclasses.field(metadata=_size(2**13))
+    rms_norm_eps: float = dataclasses.field(metadata=_number(0, 1))
+    rope_theta: float = dataclasses.field(metadata=_number(above=0, high=10**12))
+    mrope_section: tuple[int, int, int] = dataclasses.field(metadata=_number(0, 2**12))
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -94,10 +94,10 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig
-    image_token_id: int = _number(0, 2**24)
-    video_token_id: int = _number(0, 2**24)
-    vision_start_token_id: int = _number(0, 2**24)
-    vision_end_token_id: int = _number(0, 2**24)
+    image_token_id: int = dataclasses.field(metadata=_number(0, 2**24))
+    video_token_id: int = dataclasses.field(metadata=_number(0, 2**24))
+    vision_start_token_id: int = dataclasses.field(metadata=_number(0, 2**24))
+    vision_end_token_id: int = dataclasses.field(metadata=_number(0, 2**24))
     # What the image processor normalises by; preprocessor_config.json may say otherwise (these are CLIP's).
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -123,10 +123,9 @@ def from_json(source: dict | str | Path) -> ModelConfig:
     unsupported, of another type or out of its range.
     """
     where = "config.json" if isinstance(source, dict) else str(source)
-    if not isinstance(source, dict):
-        source = read_json(source, expected="a Qwen2.5-VL config.json")
+    content = source if isinstance(source, dict) else read_json(source, expected="a Qwen2.5-VL config.json")
     try:
-        return _config(source)
+        return _config(content)
     except UserError as problem:
         raise UserError(f"{where}: {problem}") from None
 

@@ -12,7 +12,7 @@ within 3.5 % of XLA's count on the tiny model (tested).
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -153,7 +153,7 @@ class Ledger:
         return {"mfu": text / (seconds * self.devices * most), "mfu_vision": vision / (seconds * self.devices * most)}
 
 
-def _lengths(segments: np.ndarray, views: np.ndarray):
+def _lengths(segments: np.ndarray, views: np.ndarray) -> Iterator[np.ndarray]:
     """For each example: the lengths of its trunk and of its views."""
     for segment_row, view_row in zip(segments, views):
         table = np.zeros((segment_row.max(initial=0) + 1, view_row.max(initial=0) + 1), np.int64)

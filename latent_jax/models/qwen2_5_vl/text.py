@@ -1,5 +1,7 @@
 """The language model (HF Qwen2_5_VLTextModel): grouped-query attention with M-RoPE, SwiGLU, RMSNorm."""
 
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,10 +17,17 @@ from latent_jax.ops.attention import attention, packed_mask
 from latent_jax.ops.norm import rms_norm
 
 
+@runtime_checkable
+class Adapters(Protocol):
+    """Low-rank adapters of a layer's matrices, as models.lora.LoRA."""
+
+    def __call__(self, name: str, equation: str, x: Float[Array, "R T ..."]) -> Float[Array, "R T ..."]: ...
+
+
 class TextBlock(nnx.Module):
     """One decoder layer (HF Qwen2_5_VLDecoderLayer); its weights carry a leading L and are sliced by the scan."""
 
-    lora: nnx.Module | None = None  # models.lora.LoRA where adapters are trained
+    lora: Adapters | None = None  # models.lora.LoRA where adapters are trained
 
     def __init__(self, config: TextConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         self.eps = config.rms_norm_eps
@@ -104,7 +113,7 @@ class TextDecoder(nnx.Module):
         angles = self.angles(positions)
         mask = packed_mask(segment_ids, view_ids, hidden, late)
 
-        def body(x, block):
+        def body(x: Array, block: TextBlock) -> tuple[Array, Array | None]:
             block = partition.gather_module(block)
             with jax.named_scope("attention"):
                 heads = attention(*block.qkv(x, angles), mask, self.attention)

@@ -1,6 +1,7 @@
 """The vision tower: patches to merged visual tokens (HF Qwen2_5_VisionTransformerPretrainedModel)."""
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -132,10 +133,10 @@ class VisionTower(nnx.Module):
         full = set(self.config.fullatt_block_indexes)
         repeats, runs = _pattern([layer in full for layer in range(self.config.depth)])
 
-        def blocks_of(is_full: bool):
+        def blocks_of(is_full: bool) -> Callable[[Array, VisionBlock], tuple[Array, Array | None]]:
             group = (patch_image, image_patches) if is_full else (patch_window, windowed)
 
-            def body(x, block):
+            def body(x: Array, block: VisionBlock) -> tuple[Array, Array | None]:
                 x = partition.rows(partition.gather_module(block)(x, angles, *group, self.attention))
                 return x, (x if collect else None)
 
@@ -143,20 +144,21 @@ class VisionTower(nnx.Module):
 
         bodies = {is_full: blocks_of(is_full) for is_full in (False, True)}
 
-        def turn(x, blocks):
-            layers, start = [], 0
+        def turn(x: Array, blocks: VisionBlock) -> tuple[Array, Array | None]:
+            layers: list[Array] = []
+            start = 0
             for is_full, count in runs:
                 some = jax.tree.map(lambda weight: weight[start : start + count], blocks)  # noqa: B023
                 x, outputs = jax.lax.scan(bodies[is_full], x, some, unroll=min(unroll, count))
-                layers.append(outputs)
+                if outputs is not None:
+                    layers.append(outputs)
                 start += count
             return x, (jnp.concatenate(layers) if collect else None)
 
         period = self.config.depth // repeats
         turns = jax.tree.map(lambda weight: weight.reshape(repeats, period, *weight.shape[1:]), self.blocks)
         x, layers = jax.lax.scan(turn, x, turns, unroll=min(max(unroll // period, 1), repeats))
-        layers = layers.reshape(self.config.depth, *x.shape) if collect else None
-        return self.merger(x), x, layers
+        return self.merger(x), x, None if layers is None else layers.reshape(self.config.depth, *x.shape)
 
     def embed(
         self, patches: UInt8[Array, "G P c"], mean: tuple[float, ...], std: tuple[float, ...]

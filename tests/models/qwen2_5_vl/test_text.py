@@ -101,6 +101,18 @@ def test_the_cache_gives_what_the_packed_pass_gives(text, listed, covered, monke
         close(hidden[:3], np.stack([want[prompt, now[prompt]] for prompt in range(3)]))
 
 
+def test_a_cache_laid_out_unlike_the_layers_is_refused(text, monkeypatch):
+    monkeypatch.setattr(cached, "UNROLLED_LAYERS", 3)
+    stacked = cached.empty(text, 1, 4)
+    monkeypatch.setattr(cached, "UNROLLED_LAYERS", 4)
+    layers, listed = cached.layers_of(text), cached.empty(text, 1, 4)
+    one = jnp.zeros((1, 64)), jnp.zeros((1, 3), jnp.int32)
+    real = jnp.ones((1, 4), bool)
+    for prompts, recent in ((stacked, listed), (listed, stacked), (stacked, stacked)):
+        with pytest.raises(ValueError, match="expected three lists, or all three stacked"):
+            cached.step(text, layers, *one, prompts, real, recent, jnp.int32(0))
+
+
 def test_packed_examples_and_views_equal_each_alone(text):
     """Two examples in a row, the first with a trunk and two views, then padding."""
     x, where = inputs(1), positions(0)
