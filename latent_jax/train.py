@@ -156,7 +156,7 @@ def _run(config: Config, directory: Path, opened: contextlib.ExitStack) -> Summa
 # ---------------------------------------------------------------- data
 
 
-def open_data(config: Config, split: str) -> list[tuple[pipeline.Source, float]]:
+def open_data(config: Config, split: str) -> list[tuple[Sequence, float]]:
     """The sources of `config.data.name` with their sampling weights, each cut down to `config.data.share`."""
     found: list[tuple[Sequence[dict], float]]
     found = [(sources.open_source(name, config.data.path, split), w) for name, w in mixture(config.data.name)]

@@ -10,7 +10,7 @@ from latent_jax.errors import UserError
 from latent_jax.runtime import checksums
 from latent_jax.runtime.checkpoints import DAMAGED, Checkpoints, Damaged
 from latent_jax.training import workdir
-from latent_jax.training.state import Setup, TrainState
+from latent_jax.training.state import AbstractState, Setup, TrainState
 
 
 def check_begun(config: Config, directory: Path) -> None:
@@ -64,7 +64,8 @@ def _restored(checkpoints: Checkpoints, setup: Setup, step: int) -> tuple[TrainS
     found, batches_state, extra = checkpoints.restore(step, _items(abstract))
     if int(found["step"]["step"]) != step:
         raise Damaged(f"{checkpoints.directory / str(step)}: holds step {int(found['step']['step'])}")
-    return abstract._replace(**{**found, "step": found["step"]["step"]}), batches_state, extra
+    state = TrainState(**abstract._asdict() | found | {"step": found["step"]["step"]})
+    return state, batches_state, extra
 
 
 def _set_aside(checkpoints: Checkpoints, damaged: list[int], directory: Path) -> list[str]:
@@ -100,7 +101,7 @@ def save(checkpoints: Checkpoints, state: TrainState, batches_state: dict, extra
     checkpoints.save(step, items, batches_state, extra, sums)
 
 
-def _items(state: TrainState) -> dict:
+def _items(state: TrainState | AbstractState) -> dict:
     """The checkpoint's items: trees only, and only those that hold something (`frozen` may be empty)."""
     items = {**state._asdict(), "step": {"step": state.step}}
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}

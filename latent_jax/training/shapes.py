@@ -3,33 +3,46 @@
 import dataclasses
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from latent_jax.config import schema
-from latent_jax.config.training import mixture
+from latent_jax.config.training import Config, mixture
 from latent_jax.data import batch_shapes, packing, pipeline, sources
 from latent_jax.data.chat import Processor
+from latent_jax.data.layout import Example
 from latent_jax.errors import UserError
+from latent_jax.methods.contract import Method
 from latent_jax.models import hf_export
+from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.runtime import files, hosts, provenance, sharding
 from latent_jax.training import resolve, workdir
 
+Sources = Sequence[tuple[pipeline.Source, float]]  # with their sampling weights
 _NO_INPUT = {"generation_config.json"}  # of the small files, what no trained number depends on
 
 
 def settle(
-    config, directory: Path, method, processor: Processor, model_config, data, mesh: jax.sharding.Mesh, origin: Path
-):
+    config: Config,
+    directory: Path,
+    method: Method,
+    processor: Processor,
+    model_config: ModelConfig,
+    data: Sources,
+    mesh: jax.sharding.Mesh,
+    origin: Path,
+) -> tuple[Config, packing.BatchShape, list[str]]:
     """Decides once what depends on the data and the machine, and keeps it in the workdir's config.json.
 
     Returns (config with nothing left open, the batch's BatchShape, lines worth saying). A workdir that was begun before
     keeps its decisions; raises UserError where the config that comes now would change trained numbers.
     """
-    file, notes, shards = directory / workdir.CONFIG, [], sharding.data_shards(mesh)
+    file, shards = directory / workdir.CONFIG, sharding.data_shards(mesh)
+    notes: list[str] = []
+    measured: dict = {}
     if begun := file.exists():
         old, measured = schema.read(file)
         notes = schema.check_resume(old, config)
@@ -65,12 +78,15 @@ def settle(
     return resolve.resolved(config, batch_shape, mesh.devices.flat[0].platform), batch_shape, notes
 
 
-def _choose_budgets(config, method, processor: Processor, model_config, data, shards: int):
+def _choose_budgets(
+    config: Config, method: Method, processor: Processor, model_config: ModelConfig, data: Sources, shards: int
+) -> tuple[packing.BatchShape, list[str]]:
     """Static shapes from a sample of lengths, each source in its share; a size that the config names is kept.
 
     Returns (BatchShape, lines worth saying).
     """
-    sample, notes = [], []
+    sample: list[Example] = []
+    notes: list[str] = []
     for source, weight in data:
         count = max(1, round(config.data.sample * weight))
         sample += pipeline.sample_examples(source, layout_of(method, config, processor), processor, count)
@@ -87,12 +103,12 @@ def _choose_budgets(config, method, processor: Processor, model_config, data, sh
             ]
     memory = jax.process_count() * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     batch_shape = resolve.choose(sample, config, method, model_config.vision, shards, memory)
-    if batch_shape.target_slots:  # of all targets, whatever the sampled records have
+    if batch_shape.target_slots and method.targets:  # of all targets, whatever the sampled records have
         batch_shape = dataclasses.replace(batch_shape, target_slots=method.targets.shape(model_config, config)[0])
     return batch_shape, notes
 
 
-def made_from(config, origin: Path) -> dict[str, str]:
+def made_from(config: Config, origin: Path) -> dict[str, str]:
     """What trained numbers depend on beside the config, in short: the records, and the files that lay them out."""
     names = [name for name, _ in mixture(config.data.name)]
     found = {
@@ -117,7 +133,7 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str], directory: Pat
         )
 
 
-def layout_of(method, config, processor: Processor):
+def layout_of(method: Method, config: Config, processor: Processor) -> pipeline.LayoutFn:
     """What the method shows of (record, its index in the data order)."""
     return lambda record, index: method.layout(record, index, config, processor)
 

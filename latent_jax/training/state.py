@@ -5,7 +5,7 @@ import math
 import types
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,20 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+if TYPE_CHECKING:
+
+    class AbstractState(NamedTuple):
+        """The shapes, dtypes and shardings of a TrainState."""
+
+        step: jax.ShapeDtypeStruct
+        trainable: dict[str, jax.ShapeDtypeStruct]
+        frozen: dict[str, jax.ShapeDtypeStruct]
+        opt_state: optax.OptState
+
+else:  # one class to jax, which maps over two trees only where their nodes are of the same class
+    AbstractState = TrainState
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What one run trains: the model's structure, which paths learn, with which optimiser, and where arrays live."""
@@ -47,7 +61,7 @@ class Setup:
     config: Config
     method: Method
     model_config: ModelConfig
-    structure: Structure
+    structure: Structure[LatentVLM]
     mesh: Mesh
     transform: optax.GradientTransformation
     dtype: jnp.dtype
@@ -72,7 +86,7 @@ class Setup:
     def sharding(self, path: str) -> NamedSharding:
         return sharding.weight_sharding(self.structure.axes(path), self.structure.shape(path), self.mesh)
 
-    def abstract(self) -> TrainState:
+    def abstract(self) -> AbstractState:
         """The state's shapes, dtypes and shardings, for compiling and for restoring."""
         wanted = {path: self.abstract_array(path) for path in self.structure.variables}
         trainable = {path: wanted.pop(path) for path in self.trainable}
@@ -86,7 +100,7 @@ class Setup:
             transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         )
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-        return TrainState(step, trainable, wanted, opt_state)
+        return AbstractState(step, trainable, wanted, opt_state)
 
     def abstract_array(self, path: str) -> jax.ShapeDtypeStruct:
         variable = self.structure.variables[path]
@@ -109,13 +123,13 @@ class Setup:
         return model
 
 
-def trained_paths(structure: Structure, config, method: Method, frozen: Container[str]) -> list[str]:
+def trained_paths(structure: Structure[LatentVLM], config: Config, method: Method, frozen: Container[str]) -> list[str]:
     """The paths that are trained. Statistics and the method's frozen networks never are."""
     weights = [path for path in structure.variables if structure.trained(path) and path not in frozen]
     return [path for path in weights if learns(path, config, method)]
 
 
-def learns(path: str, config, method: Method) -> bool:
+def learns(path: str, config: Config, method: Method) -> bool:
     """Whether a weight is trained: as the method says, else by the config's `model` section.
 
     The method's own head always; of the language model its adapters where there are any, else all of it; the vision
@@ -142,7 +156,9 @@ def _learnt(trainable: list[str], part: str, last: str = " ") -> flops.Learnt:
     return "adapters" if all(lora.PART in path for path in own) else "weights"
 
 
-def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]) -> Setup:
+def make_setup(
+    config: Config, method: Method, model_config: ModelConfig, mesh: Mesh, dtypes: dict[str, np.dtype]
+) -> Setup:
     """The run's setup. Trainable weights are fp32 masters; frozen ones keep the checkpoint's dtype (`dtypes` by path).
 
     Raises UserError where the mesh, the attention kernel or the adapters do not fit the model.
@@ -166,7 +182,7 @@ def make_setup(config, method: Method, model_config: ModelConfig, mesh: Mesh, dt
     return Setup(config, method, model_config, structure, mesh, transform, dtype, kernel, frozen)
 
 
-def _structure(config, method: Method, model_config: ModelConfig) -> Structure:
+def _structure(config: Config, method: Method, model_config: ModelConfig) -> Structure[LatentVLM]:
     """The model with the method's head, without arrays. Raises UserError where the head's weights are not declared."""
     structure = Structure.of(nnx.eval_shape(lambda: new_model(config, method, model_config)))
     for path, variable in structure.variables.items():
@@ -188,7 +204,7 @@ def _structure(config, method: Method, model_config: ModelConfig) -> Structure:
     return structure
 
 
-def _loaders(structure: Structure, config, method: Method) -> Mapping[str, Loader]:
+def _loaders(structure: Structure[LatentVLM], config: Config, method: Method) -> Mapping[str, Loader]:
     """The method's frozen arrays by path."""
     frozen = method.frozen(config)
     if unknown := sorted(path for path in frozen if not path.startswith("head.") or path not in structure.variables):
@@ -196,7 +212,7 @@ def _loaders(structure: Structure, config, method: Method) -> Mapping[str, Loade
     return frozen
 
 
-def check_frozen(config, method: Method, model_config: ModelConfig) -> None:
+def check_frozen(config: Config, method: Method, model_config: ModelConfig) -> None:
     """Raises UserError where a frozen network could not be loaded; only file headers are read."""
     structure = _structure(config, method, model_config)
     for path, loader in _loaders(structure, config, method).items():
@@ -204,7 +220,7 @@ def check_frozen(config, method: Method, model_config: ModelConfig) -> None:
         loader.check(path, jax.ShapeDtypeStruct(variable.shape, variable.dtype))
 
 
-def _check_learns(paths: list[str], config) -> None:
+def _check_learns(paths: list[str], config: Config) -> None:
     """Raises UserError where nothing learns, or no adapter does of those that the config asks for."""
     if not paths:
         raise UserError(f"config.method: {config.method} trains no weight with these settings; expected at least one")
@@ -215,7 +231,7 @@ def _check_learns(paths: list[str], config) -> None:
         )
 
 
-def compute_dtype(config, mesh: Mesh) -> np.dtype:
+def compute_dtype(config: Config, mesh: Mesh) -> np.dtype:
     """The dtype of matmuls: `model.compute_dtype`, or what suits the mesh's devices."""
     named = config.model.compute_dtype
     if named == "auto":
@@ -236,7 +252,7 @@ def choose_attention(wanted: str, platform: str, dtype: DTypeLike, model_config:
     return attention.Choice(wanted)
 
 
-def new_model(config, method: Method, model_config: ModelConfig) -> LatentVLM:
+def new_model(config: Config, method: Method, model_config: ModelConfig) -> LatentVLM:
     """The model with random weights, fp32, and its adapters where the config asks for them."""
     rngs = nnx.Rngs(config.seed)
     vlm = Qwen2_5_VL(model_config, rngs=rngs)
@@ -258,7 +274,9 @@ def _loaded(path: str, load: Loader, like: jax.ShapeDtypeStruct, model: Arrays) 
     return jax.device_put(found, like.sharding)
 
 
-def first_state(setup: Setup, directory: str | Path, head: Arrays = types.MappingProxyType({})) -> TrainState:
+def first_state(
+    setup: Setup, directory: str | Path, head: Mapping[str, jax.Array] = types.MappingProxyType({})
+) -> TrainState:
     """The state before the first step: random where the config asks for it, else the checkpoint in `directory`.
 
     Frozen networks come from their loaders, whatever the checkpoint has. Raises UserError where one cannot be loaded.

@@ -13,7 +13,7 @@ from latent_jax.methods.contract import Terms
 from latent_jax.runtime import sharding
 from latent_jax.runtime.devices import compiler_options
 from latent_jax.training import optimizer
-from latent_jax.training.state import Arrays, Setup, TrainState
+from latent_jax.training.state import AbstractState, Arrays, Setup, TrainState
 
 Losses = tuple[Array, tuple[Arrays, Terms]]  # the whole loss, the mean of every term, metrics
 
@@ -24,7 +24,7 @@ class Step(Protocol):
 
     def __call__(self, state: TrainState, batch: Mapping[str, Array], /) -> tuple[TrainState, dict[str, Array]]: ...
 
-    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> Any:
+    def lower(self, state: TrainState | AbstractState, batch: Mapping[str, Any], /) -> Any:
         """As jax.jit's."""
 
     def _cache_size(self) -> int:

@@ -6,6 +6,7 @@ training skips it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +16,21 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
-from latent_jax.config.training import mixture
+from latent_jax.config.training import Config, mixture
 from latent_jax.data import batch_shapes, packing, pipeline
 from latent_jax.data.chat import Processor
 from latent_jax.data.latent_cache import Cached, LatentCache
 from latent_jax.data.layout import Example, Layout
 from latent_jax.errors import UserError
-from latent_jax.methods.contract import Method
+from latent_jax.methods.contract import Batch, CachedTargets, Method
 from latent_jax.models import hf_io
 from latent_jax.models.parameters import Structure
 from latent_jax.models.qwen2_5_vl.config import ModelConfig
 from latent_jax.models.qwen2_5_vl.vision import VisionTower
 from latent_jax.runtime import sharding
-from latent_jax.training.state import compute_dtype
+from latent_jax.training.state import Arrays, compute_dtype
 
 # What a group holds in one pass: enough to keep a device busy, and little beside a training step.
 _PATCHES, _EXAMPLES = 8192, 256
@@ -39,29 +41,33 @@ _SECONDS_BETWEEN_LINES = 15.0
 class TargetCache:
     """Makes and opens the caches of a run: everything that latents depend on, and the mesh that computes them."""
 
-    config: object
+    config: Config
     method: Method
     processor: Processor
     model_config: ModelConfig
     origin: Path
     mesh: jax.sharding.Mesh
 
-    def attach(
-        self, data: Sequence[tuple[pipeline.Source, float]], say: Callable[[str], None]
-    ) -> list[tuple[Cached, float]]:
+    def attach(self, data: Sequence[tuple[Sequence, float]], say: Callable[[str], None]) -> list[tuple[Cached, float]]:
         """[(source, weight), ...] with latents attached to every record, from caches in `config.data.latent_cache`.
 
         A source's cache is in DIR/NAME-SPLIT; missing shards are made first. Raises UserError if the method has no
         latent targets, or if a cache was made from something else.
         """
-        if not self.method.targets or not self.method.room(self.config).targets:
-            raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
+        images = self.targets.images
         names = [name for name, _ in mixture(self.config.data.name)]
         caches = [self.open(name, len(source)) for name, (source, _) in zip(names, data, strict=True)]
         for cache, (source, _) in zip(caches, data, strict=True):
             self.fill(cache, source, say)
-        images = self.method.targets.images
         return [(Cached(source, cache, images), weight) for cache, (source, weight) in zip(caches, data, strict=True)]
+
+    @functools.cached_property
+    def targets(self) -> CachedTargets:
+        """What the method keeps of a record. Raises UserError where it has no latent targets."""
+        found = self.method.targets
+        if found is None or not self.method.room(self.config).targets:
+            raise UserError(f"config.data.latent_cache: method {self.config.method!r} has no latent targets to keep")
+        return found
 
     def open(self, name: str, records: int) -> LatentCache:
         """The cache of one source, checked against all that its latents depend on.
@@ -69,7 +75,7 @@ class TargetCache:
         They are kept in the dtype that the encoder computes in: pooled in fp32, then, for bfloat16, rounded once (which
         changes nothing where a cell of the grid is a single merged token).
         """
-        data, targets = self.config.data, self.method.targets
+        data, targets = self.config.data, self.targets
         made_from = {
             "dataset": name,
             "split": data.split,
@@ -114,7 +120,7 @@ class TargetCache:
         groups = sharding.data_shards(self.mesh)
         sample = pipeline.sample_examples(source, self._layout, self.processor, config.data.sample)
         sizes = [packing.size_of(example) for example in sample]
-        patches = max(1.0, np.mean([size.patches for size in sizes]))
+        patches = max(1.0, float(np.mean([size.patches for size in sizes])))
         passes = -(-cache.shard_records // (groups * max(1, min(_EXAMPLES, int(_PATCHES / patches)))))
         chosen = batch_shapes.choose(
             sizes,
@@ -141,9 +147,9 @@ class TargetCache:
         arrays = {path.removeprefix(prefix): array.astype(dtype) for path, array in found.items()}
 
         @jax.jit
-        def run(arrays, batch):
+        def run(arrays: Arrays, batch: Batch) -> Float[jax.Array, "G E S Z"]:
             first = {key: value[0] for key, value in batch.items()}
-            return self.method.targets.encode(structure.build(arrays), self.model_config, first, config)
+            return self.targets.encode(structure.build(arrays), self.model_config, first, config)
 
         place = sharding.batch_sharding(self.mesh)
         return lambda batch: run(arrays, jax.device_put(batch, place))
@@ -165,11 +171,11 @@ class TargetCache:
                     yield example
 
         def collect(latents: jax.Array, targets: np.ndarray, numbers: np.ndarray) -> None:
-            latents = np.asarray(latents)
+            fetched = np.asarray(latents)
             for group, place in np.argwhere(targets.any(-1)):
                 index, images = order[numbers[group, place]]
-                share = latents.shape[2] * targets[group, place].sum() // targets.shape[-1]
-                found[index] = images, latents[group, place, :share]
+                share = fetched.shape[2] * targets[group, place].sum() // targets.shape[-1]
+                found[index] = images, fetched[group, place, :share]
 
         pending = None
         for batch in packing.batches(usable(), batch_shape):
@@ -190,7 +196,7 @@ class TargetCache:
             record = source[index]
             try:
                 with pipeline.naming(record):
-                    images = self.method.targets.images(record)
+                    images = self.targets.images(record)
                     example = self.processor.lay_out(self._layout(record, index)) if images else None
                     if example is not None:
                         batch_shape.check(example)
@@ -204,7 +210,7 @@ class TargetCache:
                 yield from pool.map(one, indices[at : at + ahead])
 
     def _layout(self, record: dict, index: int) -> Layout:
-        return self.method.targets.layout(record, self.config)
+        return self.targets.layout(record, self.config)
 
 
 def _checksum(directory: Path) -> str:
@@ -215,5 +221,5 @@ def _checksum(directory: Path) -> str:
         checkpoint.check(name)
         tensor = checkpoint.tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
