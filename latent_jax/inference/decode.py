@@ -18,6 +18,7 @@ from latent_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from latent_jax.ops.sampling import greedy, sample
 
 NEW_TOKENS = 16  # the least bucket of max_new_tokens
+Cache = list[KVCache] | KVCache  # of every layer, or stacked
 # Fewer rows than this are not thinned out when most of them have ended.
 LEAST_ROWS = 8
 
@@ -34,9 +35,9 @@ class Context(NamedTuple):
     """What does not change while R prompts are answered: their keys and values, which of them answers see, the M-RoPE
     positions of the first new tokens, and how tokens are drawn and spans written."""
 
-    prompts: list[KVCache] | KVCache
+    prompts: Cache
     seen: Bool[Array, "R U"]
-    next_positions: Int[Array, " R"]
+    next_positions: Int[Array | np.ndarray, " R"]
     sampling: Sampling | None
     span_rows: spans.Rows | None = None
 
@@ -53,7 +54,7 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "R W"]
     counts: Int[Array, " R"]
     done: Bool[Array, " R"]
-    cache: list[KVCache] | KVCache
+    cache: Cache
     inside: spans.State | None = None
 
 
@@ -62,7 +63,7 @@ class Answer(NamedTuple):
     that were fed, as far as they were written."""
 
     ids: list[int]
-    spans: list[tuple[np.ndarray, np.ndarray]]
+    spans: list[spans.Written]
 
 
 def generate(
@@ -82,6 +83,8 @@ def generate(
     lengths and max_new_tokens are no part. Where three quarters of the rows have ended, the others go on without them.
     A latent counts as a token.
     """
+    if (writing is None) != (rows is None):
+        raise ValueError("writing and rows: expected both, or neither")
     ends, limit, count = np.array(eos, np.int32), np.int32(max_new_tokens), int((prompts.lengths > 0).sum())
     read = prefill(
         model, prompts.batch, given, prompts.places, prompts.lengths,
@@ -99,7 +102,9 @@ def generate(
         last = done.all() or int(state.n) + 1 >= max_new_tokens
         chosen = np.argsort(done, kind="stable")[:few]
         leaving = np.arange(len(owner)) if last else np.setdiff1d(np.arange(len(owner)), chosen)
-        kept = spans.kept(state.inside, rows, leaving, owner) if writing and writing.keep else {}
+        kept: dict[int, list[spans.Written]] = {}
+        if writing and writing.keep and rows is not None and state.inside is not None:
+            kept = spans.kept(state.inside, rows, leaving, owner)
         for row in leaving.tolist():
             if owner[row] < count:
                 answers[owner[row]] = Answer(tokens[row, : counts[row]].tolist(), kept.get(row, []))
@@ -114,7 +119,7 @@ class Read(NamedTuple):
     it answers see, and what the method keeps of it for spans."""
 
     logits: Float[Array, "R V"]
-    cache: list[KVCache] | KVCache
+    cache: Cache
     seen: Bool[Array, "R U"]
     carry: object
 
@@ -134,9 +139,9 @@ def prefill(
     vlm = model.vlm
     merged = visual(vlm, batch, image_patches)
     x = join(vlm, batch, given, merged)
-    rows = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
+    positions, segment_ids, view_ids = (batch[name][0] for name in ("positions", "segment_ids", "view_ids"))
     masks = {name: batch[name][0] for name in ("hidden", "late") if name in batch}
-    hidden, cache = cached.prefill(vlm.text, x[0], *rows, places, lengths, **masks)
+    hidden, cache = cached.prefill(vlm.text, x[0], positions, segment_ids, view_ids, places, lengths, **masks)
     carry = writing.span.start(model, batch, merged, writing.config) if writing else None
     return Read(vlm.logits(hidden), cache, cached.seen(places, lengths, **masks), carry)
 
@@ -181,24 +186,24 @@ def decode(
 
     Every row has its own length, position, key, span and end, so a row's tokens do not depend on its neighbours.
     """
-    text, config = model.vlm.text, model.vlm.config
+    text, config, rows = model.vlm.text, model.vlm.config, context.span_rows
     layers, table = cached.layers_of(text), text.embed[...]
 
-    def going(state: DecodeState):
+    def going(state: DecodeState) -> Bool[Array, ""]:
         return (state.n + 1 < limit) & ((~state.done).sum() > few)
 
-    def turn(state: DecodeState):
+    def turn(state: DecodeState) -> DecodeState:
         n, newest, x = state.n, state.token, table[state.token]
-        if writing:
-            x, positions, inside = spans.read(model, writing, context.span_rows, state.inside, x)
+        inside = state.inside
+        if writing and rows is not None and inside is not None:
+            x, positions, inside = spans.read(model, writing, rows, inside, x)
         else:
             positions = jnp.broadcast_to((context.next_positions + n)[:, None], (len(x), 3))
         hidden, cache = cached.step(text, layers, x, positions, context.prompts, context.seen, state.cache, n)
         token = _choose(model, context, writing, model.vlm.logits(hidden), state)
-        if writing:
-            token, inside = spans.follow(config, context.span_rows, inside, hidden, newest, token, state.done)
-            state = state._replace(inside=inside)
-        return _note(state._replace(cache=cache), token, eos)
+        if rows is not None and inside is not None:
+            token, inside = spans.follow(config, rows, inside, hidden, newest, token, state.done)
+        return _note(state._replace(cache=cache, inside=inside), token, eos)
 
     return jax.lax.while_loop(going, turn, state)
 
@@ -211,15 +216,17 @@ def _choose(
     state: DecodeState,
 ) -> Int[Array, " R"]:
     """Token n + 1 of every row, were it at words."""
-    config, n = model.vlm.config, state.n + 1
-    if writing:
-        logits = spans.allowed(config, context.span_rows, logits)
+    config, n, rows = model.vlm.config, state.n + 1, context.span_rows
+    if rows is not None:
+        logits = spans.allowed(config, rows, logits)
     if context.sampling is None:
         token = greedy(logits)
     else:
         keys = jax.vmap(jax.random.fold_in, (0, None))(context.sampling.keys, n)
         token = sample(logits, keys, context.sampling.temperature, context.sampling.top_p)
-    return spans.by_rule(config, writing, context.span_rows, state.tokens, n, token) if writing else token
+    if writing is None or rows is None:
+        return token
+    return spans.by_rule(config, writing, rows, state.tokens, n, token)
 
 
 def _note(state: DecodeState, token: Int[Array, " R"], eos: Int[Array, " _"]) -> DecodeState:
@@ -234,7 +241,7 @@ def _note(state: DecodeState, token: Int[Array, " R"], eos: Int[Array, " _"]) ->
 def keep_rows(context: Context, state: DecodeState, rows: Int[Array, " _"]) -> tuple[Context, DecodeState]:
     """Only these rows."""
 
-    def cache(kept):  # stacked layers stand before the rows
+    def cache(kept: Cache) -> Cache:  # stacked layers stand before the rows
         return jax.tree.map(lambda array: jnp.take(array, rows, axis=array.ndim - 4), kept)
 
     take = lambda tree: jax.tree.map(lambda array: array[rows], tree)

@@ -59,10 +59,10 @@ def think(
     wanted = [asked(messages) for messages in conversations]
     if not any(wanted):
         return [[] for _ in conversations]
-    way = way_of(settings)
+    way, config = way_of(settings)
     if variant not in ("", *way.variants):
         raise UserError(f"variant: got {variant!r:.100}, expected one of {', '.join(way.variants)}")
-    shape = way.shape(settings)
+    shape = way.shape(config)
     for part in (part for parts in wanted for part in parts):
         if part.get("grid") not in (None, shape, list(shape) if isinstance(shape, tuple) else shape):
             raise UserError(f"an 'imagine' part's grid is {fields.shown(part['grid'])}, expected the model's {shape}")
@@ -70,16 +70,16 @@ def think(
         layout
         for messages, parts in zip(conversations, wanted, strict=True)
         if parts
-        for layout in way.layouts(messages, settings, processor, variant or way.variants[0])
+        for layout in way.layouts(messages, config, processor, variant or way.variants[0])
     ]
     examples = [processor.lay_out(layout) for layout in layouts]
     marks = batches.marks(examples)
 
     def run(model: LatentVLM, share: np.ndarray) -> list[Thought]:
         laid = prompt_batch.packed([examples[i] for i in share], model.vlm.config)
-        config = with_images(settings, laid.image_patches)
+        static = with_images(config, laid.image_patches)
         keys = batches.keys(np.uint32(seed), np.pad(marks[share], ((0, len(laid.lengths) - len(share)), (0, 0))))
-        latents, inputs = _run(model, laid.batch, keys, np.float32(temperature), way=way, config=config)
+        latents, inputs = _run(model, laid.batch, keys, np.float32(temperature), way=way, config=static)
         found = zip(np.asarray(latents.astype(jnp.float32)), np.asarray(inputs), strict=True)
         return [Thought(*each) for each, _ in zip(found, share, strict=False)]
 
@@ -121,14 +121,18 @@ def prompts(
     """
     if len(inputs) != len(conversations):
         raise UserError(f"thoughts: got those of {len(inputs)} conversations, expected {len(conversations)}")
-    shape = way_of(settings).shape(settings) if any(map(len, inputs)) else None
+    shape = None
+    if any(map(len, inputs)):
+        way, config = way_of(settings)
+        shape = way.shape(config)
     examples, given = [], [np.zeros((0, hidden), np.float32)]
     for number, (messages, own) in enumerate(zip(conversations, inputs, strict=True)):
         parts = asked(messages)
         if len(own) not in (0, len(parts)):
             raise UserError(f"thoughts of conversation {number}: got {len(own)}, expected none or {len(parts)}")
         said = list(messages) if own else without_imagined(messages)
-        given += [_fitting(array, shape, hidden, f"thoughts of conversation {number}") for array in own]
+        if shape is not None:
+            given += [_fitting(array, shape, hidden, f"thoughts of conversation {number}") for array in own]
         if answers is not None:
             content, where = answers[number], f"answer {number}"
             if not isinstance(content, str) and _holds_latents(content, where):
@@ -183,17 +187,17 @@ def asked(messages: Messages) -> list[dict]:
     return imagine_parts(messages)
 
 
-def way_of(settings: Config | None) -> Think:
-    """How the method of these settings thinks before an answer. Raises NoThought where it does not."""
-    way = settings and methods.find(settings.method).think
-    if way is None:
+def way_of(settings: Config | None) -> tuple[Think, Config]:
+    """How a method thinks before an answer, and its settings. Raises NoThought where it does not."""
+    way = methods.find(settings.method).think if settings else None
+    if way is None or settings is None:
         raise NoThought("an 'imagine' part needs a latent head; expected a checkpoint of latent pretraining")
-    return way
+    return way, settings
 
 
 def span_of(settings: Config | None) -> Span:
     """How the method of these settings writes latents inside an answer. Raises UserError where it does not."""
-    span = settings and methods.find(settings.method).span
+    span = methods.find(settings.method).span if settings else None
     if not span:
         raise UserError("an answer with latents, of a model that writes none inside its answers")
     return span

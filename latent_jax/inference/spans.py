@@ -22,6 +22,7 @@ from latent_jax.models.qwen2_5_vl.config import ModelConfig
 
 # What the spans of an answer are given: None their own latents, () none may be opened, else arrays (count, D).
 Given = Sequence[np.ndarray] | None
+Written = tuple[np.ndarray, np.ndarray]  # of a span: latents (count, Z), inputs (count, D)
 
 
 class Writing(NamedTuple):
@@ -101,11 +102,11 @@ def shape_of(span: Span, example: Example, config: Any) -> int | tuple[int, int]
     return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(sizes[0])
 
 
-def begin(model: LatentVLM, writing: Writing, base: Int[Array, " R"], carry: Any) -> State:
+def begin(model: LatentVLM, writing: Writing, base: Int[Array | np.ndarray, " R"], carry: Any) -> State:
     """Before the first token of the answers, whose M-RoPE positions are `base`."""
     R, table = len(base), model.vlm.text.embed[...]
     hidden, zeros = jnp.zeros((R, table.shape[1]), table.dtype), jnp.zeros(R, jnp.int32)
-    state = State(zeros, zeros, base, hidden, carry, None, None)
+    state = State(zeros, zeros, jnp.asarray(base), hidden, carry, None, None)
     if not writing.keep:
         return state
     latents, inputs, _ = jax.eval_shape(lambda: _feed(model, writing, state))
@@ -197,13 +198,13 @@ def follow(
     return token, state
 
 
-def kept(state: State, rows: Rows, chosen: np.ndarray, owner: np.ndarray) -> dict[int, list[tuple[np.ndarray, ...]]]:
+def kept(state: State, rows: Rows, chosen: np.ndarray, owner: np.ndarray) -> dict[int, list[Written]]:
     """Chosen rows of a state -> (latents (count, Z), inputs (count, D)) of their spans, as far as these were written.
 
     owner: the row of `rows` that each row of the state answers.
     """
     place, opened, latents, inputs = jax.device_get((state.place, state.opened, state.latents, state.inputs))
-    found: dict[int, list[tuple[np.ndarray, ...]]] = {}
+    found: dict[int, list[Written]] = {}
     for row in chosen.tolist():
         whole = _count(np.asarray(rows.shape)[owner[row]])
         counts = [whole] * int(opened[row])

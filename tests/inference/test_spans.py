@@ -188,6 +188,13 @@ def test_fewer_tokens_cut_an_answer_short(vlm):
             assert [len(inputs) for _, inputs in short.spans] == latents_read(short.ids)
 
 
+def test_writing_comes_with_its_rows(vlm):
+    examples, given = vlm.prompts(PROMPTS[:1], [()])
+    laid, writing = one_per_row(examples, vlm.config), Writing(SPAN, "config")
+    with pytest.raises(ValueError, match="expected both, or neither"):
+        decode.generate(vlm.model, laid, given, vlm.eos, max_new_tokens=1, writing=writing)
+
+
 def test_no_program_for_another_length(vlm):
     """Fifty prompts of different lengths in one bucket of them, whatever their spans."""
     prompts = [user("one " * n + "What?") for n in range(50)]
