@@ -11,10 +11,19 @@ that does. Exit status: 0 with a verdict as the last line, 2 for bad input or a 
 import argparse
 import math
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from latent_jax.config.training import Config
 from latent_jax.errors import UserError
 from latent_jax.perf import topologies
 from latent_jax.runtime.command import Parser, command
+
+if TYPE_CHECKING:
+    from latent_jax.perf.planning import Compiled as Compiled
+    from latent_jax.perf.planning import Plan as Plan
+else:  # it imports jax, before which `topologies.start` must be called
+    Compiled = Plan = Any
 
 
 @command
@@ -32,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     from latent_jax.perf import planning
 
     config, _ = parse(rest)
+    if not isinstance(config, Config):
+        raise UserError(f"config.job: got {config.job!r}, expected 'train': a plan is of a training step")
     found = planning.plan(config, topology)
     print("\n".join(report(found)), flush=True)
     if not found.fits:
@@ -40,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def advice(failed, tries: int):
+def advice(failed: Plan, tries: int) -> Iterator[str]:
     """Lines: changes tried by compiling them, until one fits."""
     from latent_jax.perf import planning
 
@@ -63,15 +74,15 @@ def advice(failed, tries: int):
 # ---------------------------------------------------------------- words
 
 
-def report(found) -> list[str]:
+def report(found: Plan) -> list[str]:
     """The whole report but the verdict."""
     lines = [*about(found), "", *memory(found)]
     if found.compiled:
-        lines += ["", *costs(found), "", *moved(found), "", *estimate(found)]
+        lines += ["", *costs(found, found.compiled), "", *moved(found.compiled), "", *estimate(found, found.compiled)]
     return lines
 
 
-def about(found) -> list[str]:
+def about(found: Plan) -> list[str]:
     batch_shape, config = found.batches.batch_shape, found.config
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     remat = found.remat + " (auto)" * (config.model.remat == "auto")
@@ -86,7 +97,7 @@ def about(found) -> list[str]:
     ]
 
 
-def memory(found) -> list[str]:
+def memory(found: Plan) -> list[str]:
     """Bytes of one device."""
     lines = [f"memory of one device: {gib(found.memory)}{share(found.topology)}"]
     lines += [f"  {name:<12} {gib(size):>11}" for name, size in found.arguments.items()]
@@ -98,33 +109,33 @@ def memory(found) -> list[str]:
     return lines
 
 
-def share(topology) -> str:
+def share(topology: topologies.Topology) -> str:
     if not topology.gpu:
         return ""
     return f", {topologies.GPU_POOL:.0%} of {gib(topology.chip.memory)} (the rest is CUDA's, NCCL's and the libraries')"
 
 
-def costs(found) -> list[str]:
+def costs(found: Plan, compiled: Compiled) -> list[str]:
     text, vision = found.model_flops
     masked = "masked attention too" if found.attention.implementation == "reference" else "attention kernels not"
     devices = found.topology.devices
     return [
-        f"FLOPs of one device and step: {found.compiled.flops:.3e} in the compiled matmuls (recomputation and padding "
+        f"FLOPs of one device and step: {compiled.flops:.3e} in the compiled matmuls (recomputation and padding "
         f"counted, {masked})",
         f"  the model's own: {text / devices:.3e} language + {vision / devices:.3e} vision "
         "(models/qwen2_5_vl/flops.py)",
-        f"memory traffic of one device and step: {found.compiled.traffic:.3e} bytes",
+        f"memory traffic of one device and step: {compiled.traffic:.3e} bytes",
     ]
 
 
-def moved(found) -> list[str]:
+def moved(compiled: Compiled) -> list[str]:
     """Collectives by kind."""
     lines = [
         f"collectives:          {'a step':>7} {'in loops':>9} {'bytes (whole arrays)':>21} {'largest in a loop':>18}"
     ]
-    kinds = sorted({each.kind for each in found.compiled.collectives})
+    kinds = sorted({each.kind for each in compiled.collectives})
     for kind in kinds:
-        own = [each for each in found.compiled.collectives if each.kind == kind]
+        own = [each for each in compiled.collectives if each.kind == kind]
         looped = [each for each in own if each.loops]
         lines.append(
             f"  {kind:<19} {sum(each.times for each in own):>7.0f} {sum(each.times for each in looped):>9.0f} "
@@ -134,12 +145,11 @@ def moved(found) -> list[str]:
     return lines if kinds else ["collectives: none"]
 
 
-def estimate(found) -> list[str]:
-    from latent_jax.models.qwen2_5_vl import flops
-    from latent_jax.perf.roofline import ASSUMPTIONS
+def estimate(found: Plan, compiled: Compiled) -> list[str]:
+    from latent_jax.perf.roofline import ASSUMPTIONS, peak
 
-    bounds, text = found.compiled.roofline, found.model_flops[0]
-    mfu = [text / (seconds * found.topology.devices * flops.peak(found.topology.chip.kind))
+    bounds, text = compiled.roofline, found.model_flops[0]
+    mfu = [text / (seconds * found.topology.devices * peak(found.topology.chip))
            for seconds in (bounds.hidden, bounds.exposed)]  # fmt: skip
     rates = [found.batches.work.tokens / seconds for seconds in (bounds.hidden, bounds.exposed)]
     network = f", network {bounds.network:.3f} s" if bounds.network else ""

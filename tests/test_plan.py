@@ -25,6 +25,7 @@ from latent_jax.perf import planning, topologies
 from latent_jax.training import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
+EVALUATION = ROOT / "configs" / "evaluate.py"
 # Wide enough that weights are much larger than whatever else moves, narrow enough to compile in seconds.
 LAYERS, WIDTH, FORWARD, VOCABULARY = 4, 512, 2048, 20_480
 LAYER = 2 * (2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * FORWARD)  # bytes of its matrices in bfloat16
@@ -376,6 +377,7 @@ def test_where_the_state_alone_is_too_large_only_more_devices_help():
         (["--topology=a100:8"], "error: --topology=a100:8: expected one of"),
         (["--topology=v5e:4x4", "--config=nowhere.py"], "error: --config=nowhere.py: no such file"),
         (["--topology=v5e:4x4", "--what=1"], "error: --what"),
+        (["--topology=v5e:4x4", f"--config={EVALUATION}"], "error: config.job: got 'evaluate', expected 'train'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):

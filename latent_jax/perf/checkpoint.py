@@ -9,6 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -54,7 +55,7 @@ def _measure(options: argparse.Namespace, state: dict, stores: dict[str, Checkpo
     abstract = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state
     )
-    held = {name: [] for name in stores}  # seconds until the loop may go on
+    held: dict[str, list[float]] = {name: [] for name in stores}  # seconds until the loop may go on
 
     def save(name: str) -> None:
         began = time.perf_counter()
@@ -67,7 +68,7 @@ def _measure(options: argparse.Namespace, state: dict, stores: dict[str, Checkpo
         jax.block_until_ready(stores[name].restore(None, abstract)[0])
 
     lines, numbers = [], {"bytes": size}
-    sides = {"checksums alone": {"with": lambda: checksums.examined(state)}}
+    sides: dict[str, dict[str, Callable[[], object]]] = {"checksums alone": {"with": lambda: checksums.examined(state)}}
     for what, run in (("save", save), ("restore", restore)):
         sides[what] = {name: functools.partial(run, name) for name in stores}
     for what, pair in sides.items():

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,10 +35,10 @@ class Instruction:
     attributes: str
     root: bool
 
-    def attribute(self, key: str) -> str | None:
-        """The computation that an attribute names."""
+    def attribute(self, key: str) -> str:
+        """The computation that an attribute names; "" where there is no such attribute."""
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return match and match[1]
+        return match[1] if match else ""
 
 
 class Program:
@@ -113,11 +113,10 @@ class Program:
             inner = self.computations[self.called(each)[0]]
             added = self._added(next(i.name for i in inner.values() if i.root), inner)
             outer = [self._added(operand, body) for operand in each.operands]
-            return None if added is None or None in outer else added + sum(outer)
+            return _total([added, *outer])
         if each.opcode not in ("add", "copy", "bitcast", "convert"):
             return None
-        parts = [self._added(operand, body) for operand in each.operands]
-        return None if None in parts else sum(parts)
+        return _total([self._added(operand, body) for operand in each.operands])
 
     @functools.cache  # noqa: B019 - as long-lived as the program
     def _flops(self, name: str) -> float:
@@ -181,7 +180,7 @@ def flops(each: Instruction, within: dict[str, Instruction]) -> float:
     """FLOPs of one run of an instruction; 0 for whatever is no matmul."""
     if each.opcode == "dot" or "$gemm" in each.attributes or "$lt$matmul" in each.attributes:
         left = within[each.operands[0]].shapes[0][1]
-        sides = re.search(r'"?lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d",]*)[}\]]', each.attributes)
+        sides = _found(r'"?lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d",]*)[}\]]', each.attributes)
         contracted = math.prod(left[int(at)] for at in re.findall(r"\d+", sides[1]))
         return 2.0 * math.prod(each.shapes[0][1]) * contracted
     if each.opcode == "convolution":
@@ -224,9 +223,23 @@ def _instruction(line: str) -> Instruction | None:
     )
 
 
+def _found(pattern: str, text: str) -> re.Match[str]:
+    """The first match. Raises ValueError where the compiler wrote none."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"{text:.200}: expected {pattern}")
+    return match
+
+
+def _total(parts: Sequence[int | None]) -> int | None:
+    """The sum; None where one of them is not known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
 def _index(each: Instruction) -> int:
     """Which part of a tuple a get-tuple-element takes."""
-    return int(re.search(r"index=(\d+)", each.attributes)[1])
+    return int(_found(r"index=(\d+)", each.attributes)[1])
 
 
 def _split_shape(rest: str) -> tuple[str, str]:
@@ -278,7 +291,7 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 def _convolution(each: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
     """Only multiplications with elements that are there: the TPU's compiler writes batched matmuls as convolutions."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
+    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     lhs, rhs, out = labels[1], labels[2], labels[3]
     result = each.shapes[0][1]
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", each.attributes) or ["", ""])[1]))

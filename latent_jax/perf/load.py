@@ -22,7 +22,7 @@ WIDTH, LAYERS = 1024, 8  # of the random checkpoint that is taken without --mode
 class Peak:
     """Watches this process's anonymous memory (mapped files, which the kernel may drop, are none). 0 off Linux."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes, self._going = 0, True
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -32,7 +32,7 @@ class Peak:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._going = False
         self._thread.join()
 

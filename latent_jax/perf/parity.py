@@ -228,27 +228,29 @@ def observe_ours(directory: Path, processor: Processor, dtype: str, max_new_toke
 @functools.partial(jax.jit, static_argnames="image_patches")
 def _activations(model: Qwen2_5_VL, batch: dict, given: jax.Array, image_patches: int) -> dict[str, jax.Array]:
     """Every layer's output; vision blocks and text blocks stacked along a leading L."""
-    found = {}
+    found: dict[str, jax.Array] = {}
     features = given[None]
     if batch["patches"].shape[1]:
         merged, _, blocks = model.encode(batch, image_patches=image_patches, collect=True)
         patches = model.vision.embed(batch["patches"], model.config.image_mean, model.config.image_std)
-        found = {"vision.patch": patches[0], "vision.blocks": blocks[:, 0], "vision.merger": merged[0]}
+        found = {"vision.patch": patches[0], "vision.merger": merged[0]}
+        found |= {} if blocks is None else {"vision.blocks": blocks[:, 0]}
         features = merged
     x = model.embed(batch["tokens"], batch["feature_index"], features)
     hidden, layers = model.decode(x, batch, collect=True)
-    return found | {"text.blocks": layers[:, 0, 0], "text.norm": hidden[0, 0], "logits": model.logits(hidden)[0, 0]}
+    found |= {} if layers is None else {"text.blocks": layers[:, 0, 0]}
+    return found | {"text.norm": hidden[0, 0], "logits": model.logits(hidden)[0, 0]}
 
 
 def _named(config: ModelConfig, found: dict[str, jax.Array], rows: PromptBatch) -> dict[str, np.ndarray]:
     """Activations by layer name without padding. Patches stand in window order on both sides."""
     patches = int((rows.batch["patch_image"] > 0).sum())
     real = {"vision": patches, "vision.merger": patches // config.vision.merge_unit}
-    named = {}
+    named: dict[str, np.ndarray] = {}
     for name, array in found.items():
         count = real.get(name, real["vision"] if name.startswith("vision") else int(rows.lengths[0]))
-        array = np.asarray(array.astype(jnp.float32))[..., :count, :]
-        named |= {f"{name}.{i}": layer for i, layer in enumerate(array)} if name.endswith("blocks") else {name: array}
+        values = np.asarray(array.astype(jnp.float32))[..., :count, :]
+        named |= {f"{name}.{i}": layer for i, layer in enumerate(values)} if name.endswith("blocks") else {name: values}
     return named
 
 

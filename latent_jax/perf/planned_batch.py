@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from latent_jax.assets import TINY_VL
+from latent_jax.config.training import Config
 from latent_jax.data import packing, tokenizer
 from latent_jax.data.chat import Processor
 from latent_jax.data.image_spec import ImageSpec
@@ -15,7 +16,7 @@ from latent_jax.data.pipeline import naming
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models.qwen2_5_vl import flops
-from latent_jax.models.qwen2_5_vl.config import ModelConfig
+from latent_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig
 from latent_jax.runtime import sharding
 from latent_jax.training import resolve
 from latent_jax.training.state import Setup
@@ -33,7 +34,7 @@ class Planned:
     example: str
 
 
-def planned(config, method: Method, shape: ModelConfig, directory: Path | None, shards: int) -> Planned:
+def planned(config: Config, method: Method, shape: ModelConfig, directory: Path | None, shards: int) -> Planned:
     """The batch that training would choose if every example were typical. Sizes that the config names are kept.
 
     directory: the checkpoint's, where it is on this machine. Raises UserError where an example does not fit what the
@@ -53,7 +54,7 @@ def planned(config, method: Method, shape: ModelConfig, directory: Path | None, 
     return Planned(batch_shape, _full(example, batch_shape), f"as for {method_words(example)}{counted}")
 
 
-def _processor(config, shape: ModelConfig, directory: Path | None) -> tuple[Processor, str]:
+def _processor(config: Config, shape: ModelConfig, directory: Path | None) -> tuple[Processor, str]:
     """The checkpoint's processor, or the embedded tokenizer with the model's patches; and a word on the latter."""
     limits = config.data.min_pixels or None, config.data.max_pixels or None
     if directory and any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -64,12 +65,13 @@ def _processor(config, shape: ModelConfig, directory: Path | None) -> tuple[Proc
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
         window_size=vision.window_size,
-        **{name: size for name, size in zip(("min_pixels", "max_pixels"), limits) if size},
+        min_pixels=config.data.min_pixels or ImageSpec.min_pixels,
+        max_pixels=config.data.max_pixels or ImageSpec.max_pixels,
     )
     return Processor(tokenizer.read(TINY_VL), image), "; words counted by the embedded tokenizer"
 
 
-def image_spec(config, directory: Path | None) -> ImageSpec | None:
+def image_spec(config: Config, directory: Path | None) -> ImageSpec | None:
     """Of a checkpoint on this machine, as training reads it; None where its files do not say."""
     names = ("preprocessor_config.json", "processor_config.json")
     if directory is None or not any((directory / name).exists() for name in names):
@@ -108,7 +110,7 @@ def _full(example: Example, batch_shape: packing.BatchShape) -> flops.Work:
     return flops.Work(**counts | {"channels": batch_shape.channels})
 
 
-def _ruled(config, method: Method, shape: ModelConfig, directory: Path | None, shards: int) -> Planned:
+def _ruled(config: Config, method: Method, shape: ModelConfig, directory: Path | None, shards: int) -> Planned:
     """For examples of one image of data.max_pixels and TEXT_TOKENS words; the work is that of full rows.
 
     Where neither config nor checkpoint bounds an image, it takes half a row.
@@ -138,7 +140,7 @@ def _ruled(config, method: Method, shape: ModelConfig, directory: Path | None, s
     )
 
 
-def _size(merged: int, room: Room, vision) -> packing.Size:
+def _size(merged: int, room: Room, vision: VisionConfig) -> packing.Size:
     """Of an image of so many merged tokens, or the slots that stand in its place, and TEXT_TOKENS words."""
     return packing.Size(
         tokens=max(merged, room.slots) + TEXT_TOKENS,

@@ -5,6 +5,7 @@ Nothing but shapes: no weights, tokenizer, dataset or hub. The caller has prepar
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from flax import nnx
 
 from latent_jax import methods
 from latent_jax.assets import TINY_VL
-from latent_jax.config.training import PRESETS
+from latent_jax.config.training import PRESETS, Config
 from latent_jax.errors import UserError
 from latent_jax.methods.contract import Method
 from latent_jax.models import hf_io
@@ -43,7 +44,7 @@ class Plan:
     could be read from the program, None where refused.
     """
 
-    config: object
+    config: Config
     topology: topologies.Topology
     mesh: dict[str, int]
     remat: str
@@ -73,7 +74,7 @@ class Compiled:
     roofline: Roofline
 
 
-def plan(config, topology: topologies.Topology) -> Plan:
+def plan(config: Config, topology: topologies.Topology) -> Plan:
     """Compiles the step. Raises UserError where the config cannot be planned at all."""
     devices = topologies.open_devices(topology)
     setup, batches = prepare(config, devices)
@@ -85,8 +86,8 @@ def plan(config, topology: topologies.Topology) -> Plan:
         "batch": _size(batch),
     }
     ledger = setup.ledger(topology.chip.kind, topology.devices)
-    about = dict(
-        config=config, topology=topology, mesh=dict(setup.mesh.shape), remat=setup.config.model.remat,
+    about = functools.partial(
+        Plan, config=config, topology=topology, mesh=dict(setup.mesh.shape), remat=setup.config.model.remat,
         batches=batches, attention=setup.attention, arguments=arguments, model_flops=ledger.flops(batches.work),
     )  # fmt: skip
     try:
@@ -94,15 +95,14 @@ def plan(config, topology: topologies.Topology) -> Plan:
     except jax.errors.JaxRuntimeError as problem:
         refused, temporaries, memory = out_of_memory(str(problem), topology, sum(arguments.values()))
         peak = None if temporaries is None else temporaries + sum(arguments.values())
-        return Plan(**about, temporaries=temporaries, peak=peak, memory=memory, refused=refused, compiled=None)
+        return about(temporaries=temporaries, peak=peak, memory=memory, refused=refused, compiled=None)
     sizes = compiled.memory_analysis()
     program = hlo.Program(compiled.as_text())
     total, traffic, moved = hlo.total_flops(program), hlo.traffic(program), hlo.collectives(program)
     # What aliases an argument is no more memory; donated arrays are updated in place.
     everything = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
     everything += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return Plan(
-        **about,
+    return about(
         temporaries=sizes.temp_size_in_bytes,
         peak=getattr(sizes, "peak_memory_in_bytes", 0) or everything,
         memory=topology.memory,
@@ -111,7 +111,7 @@ def plan(config, topology: topologies.Topology) -> Plan:
     )
 
 
-def prepare(config, devices: list) -> tuple[Setup, Planned]:
+def prepare(config: Config, devices: list) -> tuple[Setup, Planned]:
     """The run's setup on these devices, by the functions that training calls, and the batches it is planned for."""
     method = methods.find(config.method)
     shape, directory = model_shape(config)
@@ -122,7 +122,7 @@ def prepare(config, devices: list) -> tuple[Setup, Planned]:
     return make_setup(config, method, shape, mesh, dtypes), batch
 
 
-def model_shape(config) -> tuple[ModelConfig, Path | None]:
+def model_shape(config: Config) -> tuple[ModelConfig, Path | None]:
     """(shape, directory): of a checkpoint on this machine, or of a shipped preset, which has no directory."""
     model = config.model
     directory = Path(model.path) if model.path else TINY_VL
@@ -138,7 +138,7 @@ def model_shape(config) -> tuple[ModelConfig, Path | None]:
     return from_json(PRESETS / f"{model.preset}.json"), None
 
 
-def _stated_dtypes(config, method: Method, shape: ModelConfig) -> dict[str, np.dtype]:
+def _stated_dtypes(config: Config, method: Method, shape: ModelConfig) -> dict[str, np.dtype]:
     """As `resolve.stored_dtypes`, for a published checkpoint that is not here: all of the dtype that it states."""
     if config.model.init == "random":
         return {}
@@ -171,7 +171,7 @@ def out_of_memory(message: str, topology: topologies.Topology, arguments: int) -
 # ---------------------------------------------------------------- what would make it fit
 
 
-def alternatives(failed: Plan) -> Iterator[tuple[str, object, topologies.Topology]]:
+def alternatives(failed: Plan) -> Iterator[tuple[str, Config, topologies.Topology]]:
     """(what to change, the config, the topology), from the cheapest change to the dearest; none is known to fit yet."""
     config, topology = failed.config, failed.topology
     arguments = sum(failed.arguments.values())
@@ -196,7 +196,7 @@ def alternatives(failed: Plan) -> Iterator[tuple[str, object, topologies.Topolog
         yield f"--topology={larger.name}", config, larger
 
 
-def _with(config, section: str, **changes):
+def _with(config: Config, section: str, **changes: object) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
 
 
@@ -206,7 +206,7 @@ def _powers(least: float) -> list[int]:
     return [2 ** (first + more) for more in range(3)]
 
 
-def _size(tree) -> int:
+def _size(tree: object) -> int:
     """Bytes of one device's shards."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -8,7 +8,7 @@ import dataclasses
 
 from latent_jax.models.qwen2_5_vl import flops
 from latent_jax.perf import hlo
-from latent_jax.perf.topologies import Topology
+from latent_jax.perf.topologies import Chip, Topology
 
 ASSUMPTIONS = (
     "matmuls at peak, memory and links at full rate, ring collectives without latency; "
@@ -36,6 +36,14 @@ class Roofline:
         return max(self.matmuls, self.memory) + self.links + self.network
 
 
+def peak(chip: Chip) -> float:
+    """Dense bf16 FLOP/s of a device. Raises ValueError where its data sheet is not known."""
+    most = flops.peak(chip.kind)
+    if most is None:
+        raise ValueError(f"{chip.kind}: no peak in models/qwen2_5_vl/flops.py")
+    return most
+
+
 def roofline(topology: Topology, program_flops: float, traffic: float, collectives: list[hlo.Collective]) -> Roofline:
     """Of one device: FLOPs and bytes of memory traffic a step, and its collectives (partition ids host by host)."""
     chip = topology.chip
@@ -48,7 +56,7 @@ def roofline(topology: Topology, program_flops: float, traffic: float, collectiv
             once = each.sent * each.group / max(each.group - 1, 1)
             network += once * (hosts - 1) / hosts / (each.group / hosts)
     return Roofline(
-        matmuls=program_flops / flops.peak(chip.kind),
+        matmuls=program_flops / peak(chip),
         memory=traffic / chip.bandwidth,
         links=links / chip.link,
         network=network / chip.network if network else 0.0,

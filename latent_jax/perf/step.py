@@ -61,7 +61,8 @@ def measure(options: argparse.Namespace) -> Report:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, image_patches=batch_shape.image_patches)
         )
-        sides, losses = {"ours": _ours(config, directory, model_config, mesh, batches)}, {}
+        sides = {"ours": _ours(config, directory, model_config, mesh, batches)}
+        losses: dict[str, list[float]] = {}
         if options.against == "torch":
             sides |= _theirs(directory, processor, batches)
 
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> Report:
 # ---------------------------------------------------------------- the same examples
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _config(options: argparse.Namespace) -> sft.SftConfig:
     made = schema.default("sft")
     made.model.update(trainable="all", unroll=4, remat="none", compute_dtype="float32")
     made.data.row_tokens = 128
@@ -116,7 +117,10 @@ def _config(options: argparse.Namespace) -> Config:
     )
     made.train.update(batch_size=options.batch, learning_rate=LEARNING_RATE, weight_decay=DECAY, clip=CLIP)
     made.train.update(warmup=0.0, schedule="constant", beta2=0.999)
-    return schema.resolve(made)
+    config = schema.resolve(made)
+    if not isinstance(config, sft.SftConfig):
+        raise TypeError(f"method sft: got the config {type(config).__name__}, expected SftConfig")
+    return config
 
 
 def _records(config: Config) -> Iterator[tuple[dict, int]]:
@@ -125,7 +129,7 @@ def _records(config: Config) -> Iterator[tuple[dict, int]]:
     return ((source[i % len(source)], i) for i in itertools.count() for source in opened)
 
 
-def _laid_out(config: Config, processor: Processor, count: int) -> list[Example]:
+def _laid_out(config: sft.SftConfig, processor: Processor, count: int) -> list[Example]:
     return [
         processor.lay_out(sft.layout(record, index, config, processor))
         for record, index in itertools.islice(_records(config), count)
@@ -133,7 +137,7 @@ def _laid_out(config: Config, processor: Processor, count: int) -> list[Example]
 
 
 def make_batches(
-    config: Config, processor: Processor, model_config: ModelConfig, shards: int, options: argparse.Namespace
+    config: sft.SftConfig, processor: Processor, model_config: ModelConfig, shards: int, options: argparse.Namespace
 ) -> tuple[list[Batch], packing.BatchShape]:
     """The first steps' examples, packed as training packs them, and as the conversations that they are."""
     vision = model_config.vision

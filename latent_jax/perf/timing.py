@@ -101,7 +101,8 @@ def profiled(directory: Path | None) -> Iterator[None]:
 
 def compared(unit: str, amount: float, times: Mapping[str, Times], ours: str = "ours") -> tuple[list[str], dict]:
     """Lines and numbers of a race: `amount` of `unit` a run; the ratio is to the fastest of the others."""
-    lines, numbers = [], {}
+    lines: list[str] = []
+    numbers: dict[str, object] = {}
     for name, each in times.items():
         numbers[name] = {
             "median_seconds": each.median,
@@ -118,7 +119,7 @@ def compared(unit: str, amount: float, times: Mapping[str, Times], ours: str = "
     if others:
         best = min(each.median for each in others)
         thrift = min(each.processor_median for each in others)
-        numbers["ratio"] = best / times[ours].median
-        numbers["processor_ratio"] = thrift / times[ours].processor_median
-        lines.append(f"ratio {numbers['ratio']:.2f} (by processor time {numbers['processor_ratio']:.2f})")
+        ratio, by_processor = best / times[ours].median, thrift / times[ours].processor_median
+        numbers |= {"ratio": ratio, "processor_ratio": by_processor}
+        lines.append(f"ratio {ratio:.2f} (by processor time {by_processor:.2f})")
     return lines, numbers

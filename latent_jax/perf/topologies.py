@@ -92,14 +92,14 @@ class Topology:
         family = self.name.partition(":")[0]
         if self.gpu:
             inside = math.gcd(factor, 8 // self.shape[1])  # a host is filled first
-            shape = (self.shape[0] * (factor // inside), self.shape[1] * inside)
+            shape: tuple[int, ...] = (self.shape[0] * (factor // inside), self.shape[1] * inside)
             shape = shape[1:] if shape[0] == 1 else shape
         else:
-            shape = list(self.shape)
+            sides = list(self.shape)
             while factor > 1:
-                shape[shape.index(min(shape))] *= 2
+                sides[sides.index(min(sides))] *= 2
                 factor //= 2
-            shape = tuple(shape)
+            shape = tuple(sides)
         return parse(f"{family}:{'x'.join(map(str, shape))}")
 
 
@@ -177,10 +177,9 @@ def _describe(topology: Topology) -> list:
         options = dict(topology="1x{}x{}".format(*topology.shape), target_config=target_config(topology.chip))
         return topologies.get_topology_desc(platform="cuda", topology_name="", **options).devices
     # v4 and v5p chips show their two cores as one device, as they do on the real machines.
-    options = {"chip_config_name": "megacore"} if len(topology.shape) == 3 else {}
-    if topology.devices < 4:  # less than a host
-        options["chips_per_host_bounds"] = (topology.shape + (1,))[:3]
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+    chosen = {"chip_config_name": "megacore"} if len(topology.shape) == 3 else {}
+    bounds = {"chips_per_host_bounds": (topology.shape + (1,))[:3]} if topology.devices < 4 else {}  # less than a host
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **chosen, **bounds).devices
 
 
 @contextlib.contextmanager
