@@ -175,16 +175,16 @@ def replaced(name: str, own: Float[np.ndarray, "M D"], known: Moments | None, se
         return np.zeros_like(own)
     if known is None and name in ("mean", "noise"):
         raise UserError(f"config.evaluate.latents={name}: no reply to a sample of the questions has latents")
-    if name == "mean":
+    if name == "mean" and known is not None:
         return _stretched(known.mean, len(own)).astype(own.dtype)
-    rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(own).view(np.uint8))])
-    if name == "noise":
+    rng = np.random.default_rng([seed, zlib.crc32(np.ascontiguousarray(own).view(np.uint8).data)])
+    if name == "noise" and known is not None:
         mean, deviation = (_stretched(each, len(own)) for each in known)
         return (mean + deviation * rng.standard_normal(own.shape, np.float32)).astype(own.dtype)
     if name == "permuted":
         order = rng.permutation(len(own))
         return own[order if len(own) == 1 or (order != np.arange(len(own))).any() else np.roll(order, 1)]
-    raise ValueError(name)
+    raise ValueError(f"{name!r} of the moments {known}")
 
 
 def donors(config: Evaluation, items: Sequence[Item]) -> dict[str, Item]:

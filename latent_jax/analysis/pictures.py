@@ -92,7 +92,7 @@ def neighbours(
     pen.line([(left + _THUMB + 14, top - 20), (left + _THUMB + 14, canvas.height - 20)], _RULE, 2)
     thumbs = {}
 
-    def place(index: int, at: tuple[float, float], own: bool = False) -> None:
+    def place(index: int, at: tuple[int, int], own: bool = False) -> None:
         if index not in thumbs:
             thumbs[index] = _thumbnail(records[index])
         thumb = thumbs[index]
@@ -172,16 +172,16 @@ def _curves(
     lines: Sequence[Mapping],
     names: Mapping[str, str],
     title: str,
-    box: tuple[float, float, float, float],
+    box: tuple[int, int, int, int],
     window: int,
 ) -> None:
     """One panel with the curves of `names` (metric -> label) that the lines hold, and its legend above."""
     pen = ImageDraw.Draw(canvas)
     found = {}
     for name, label in names.items():
-        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        if points:
-            found[label] = np.array(points, np.float64)
+        pairs = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+        if pairs:
+            found[label] = np.array(pairs, np.float64)
     if not found:
         raise UserError(f"metrics.jsonl has none of {', '.join(names)}")
     steps = [line["step"] for line in lines]
@@ -207,13 +207,18 @@ def _curves(
     pen.text(((left + right) / 2, bottom + 28), "step", _INK, _font(13), anchor="mt")
     pen.text((left - 44, top - 50), title, _INK, _font(14))
     for color, points in zip(_COLORS, found.values(), strict=False):
-        _line(canvas, panel, points, tuple((255 * 2 + part) // 3 for part in color), 1)
+        _line(canvas, panel, points, _pale(color), 1)
     across = left
     for color, (label, points) in zip(_COLORS, found.items(), strict=False):
         _line(canvas, panel, np.stack([points[:, 0], _mean(points[:, 1], window)], 1), color, 3)
         pen.line([(across, top - 16), (across + 18, top - 16)], color, 3)
         pen.text((across + 23, top - 16), label, _INK, _font(12), anchor="lm")
         across += 23 + math.ceil(_font(12).getlength(label)) + 14
+
+
+def _pale(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = ((255 * 2 + part) // 3 for part in color)
+    return red, green, blue
 
 
 def _line(canvas: Image.Image, panel: _Panel, points: np.ndarray, color: tuple[int, int, int], width: int) -> None:
@@ -272,7 +277,8 @@ def wrapped(text: str, font: Font, width: int, lines: int) -> list[str]:
     for `lines` ends in dots."""
     # As many characters as could fit at all: captions may be pages.
     words = text.encode("utf-8", "replace").decode()[: lines * width].split()
-    found, line = [], ""
+    found: list[str] = []
+    line = ""
     while words and len(found) < lines:
         word = words.pop(0)
         longer = f"{line} {word}".strip()

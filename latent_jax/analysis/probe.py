@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def caption_layout(record: dict, config: Any) -> Layout:
 
 def run(
     model: LatentVLM, config: Any, processor: Processor, directory: Path, say: Callable[[str], None]
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """Reports on the held-out split: says a table, what its words mean and what to try next, and writes
     `imagination.json` and two pictures into the workdir.
 
@@ -80,7 +80,8 @@ def run(
     data = dataclasses.replace(config.data, image_patches=batch_shape.image_patches)
     batches = list(packing.batches(examples, batch_shape))
     config = dataclasses.replace(config, data=data)
-    finished, seen = 0, []
+    finished = 0
+    seen: list[np.ndarray] = []
     with Progress(_work(records), 0, config.log.progress, unit="example", title="report") as shown:
 
         def tick(count: int) -> None:
@@ -91,15 +92,15 @@ def run(
         found = report(model, batches, records, config, processor, tick, lambda *both: seen.extend(both))
     name = mixture(config.data.name)[0][0]
     split = f"records of {config.data.split}" if config.data.holdout else config.evaluate.split
-    found = {"examples": len(records), "split": split, "data": name, **found}
-    files.write_text(directory / FILES[0], json.dumps(found, indent=2) + "\n")
-    made, failed = pictures.draw(directory, records, *seen, f"{split} of {name}")
-    lines = [*table(found), *legend(found), *failed]
+    whole: dict[str, float | str] = {"examples": len(records), "split": split, "data": name, **found}
+    files.write_text(directory / FILES[0], json.dumps(whole, indent=2) + "\n")
+    made, failed = pictures.draw(directory, records, seen[0], seen[1], f"{split} of {name}")
+    lines = [*table(whole), *legend(whole), *failed]
     if made:
         lines += [f"pictures: {', '.join(str(directory / name) for name in made)}"]
     for line in [*lines, *advice(records[0], config, directory, found.get("probe/imagined"))]:
         say(line)
-    return found
+    return whole
 
 
 def usable(records: Sequence[dict], config: Any, processor: Processor) -> tuple[list[dict], list[Example]]:
@@ -155,7 +156,7 @@ def _held_out_names(config: Config) -> list[str]:
     return [name, "scenes_questions"] if name == "scenes" else [name]
 
 
-def table(found: dict[str, float]) -> list[str]:
+def table(found: Mapping[str, float | str]) -> list[str]:
     """The report for a person to read."""
     get = found.__getitem__
     far, near = _classes(found)
@@ -175,13 +176,13 @@ def table(found: dict[str, float]) -> list[str]:
     return lines
 
 
-def _classes(found: dict[str, float]) -> tuple[str, str]:
+def _classes(found: Mapping[str, float | str]) -> tuple[str, str]:
     """What the two classes of `geometry.informative` are: only of scenes is it known that one of them is empty."""
     scenes = str(found.get("data", "scenes")).startswith("scenes")
     return ("informative cells", "empty cells") if scenes else ("cells far from the mean latent", "cells near it")
 
 
-def legend(found: dict[str, float]) -> list[str]:
+def legend(found: Mapping[str, float | str]) -> list[str]:
     """What the words of `table` mean, for someone who sees them for the first time."""
     far, _ = _classes(found)
     lines = [
@@ -275,7 +276,7 @@ def report(
     over_latents, over_text = probe_layouts([records[at] for at in asked], config.latent, processor)
     examples = [processor.lay_out(layout) for layout in over_latents]
 
-    def correct(z):
+    def correct(z: Float[np.ndarray, "E S Z"]) -> np.ndarray:
         inputs = as_inputs(model.vlm, model.head.unstandardise(jnp.asarray(z)), config.latent)
         return answers(model, examples, inputs, tick)
 
