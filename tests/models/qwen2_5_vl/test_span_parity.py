@@ -132,7 +132,6 @@ def by_rule(tokens, written, config):
     "name, shape",
     [
         ("as_published", (2, 3)),
-        ("deep", (3, 2)),
         ("first_full_tied", 1),
     ],
 )
@@ -147,7 +146,7 @@ def test_spans_that_the_model_opens_equal_a_slow_decoder(tmp_path, name, shape):
 
 
 def test_spans_that_are_opened_by_rule_equal_a_slow_decoder(tmp_path):
-    model, shape = random_model("merge_four"), (1, 4)
+    model, shape = random_model("deep"), (1, 4)
     span = Span(most=lambda config: 4, shape=lambda example, config: shape, feed=identity, rule=by_rule)
     found, eos = ours(write(model, tmp_path), PROMPTS, span)
     process = theirs.Processor.of(tmp_path)
