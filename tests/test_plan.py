@@ -15,7 +15,7 @@ from latent_jax.assets import TINY_VL
 from latent_jax.config import schema
 from latent_jax.data import typical
 from latent_jax.data.chat import Processor
-from latent_jax.data.layout import Room, Slots
+from latent_jax.data.layout import Layout, Room, Slots, Text
 from latent_jax.data.packing import Packer, size_of
 from latent_jax.errors import UserError
 from latent_jax.main import parse
@@ -305,6 +305,10 @@ def test_a_method_that_names_no_record_is_planned_by_the_rule(monkeypatch):
         (
             {"typical": lambda config: typical_record(config) | {"images": [b"none"]}},
             "Method.typical of sft: record 'typical'",
+        ),
+        (
+            {"layout": lambda *_: Layout(trunk=(Text("all is prompt"),))},
+            "the layout of sft leaves nothing to be scored in any of 1 sampled examples",
         ),
         ({"room": lambda config: Room(slots=1)}, "Method.room of sft has slots=1, but every sampled example needs at"),
     ],

@@ -32,9 +32,10 @@ def choose(
     """The batch's shape for examples like the sampled ones; a size that the config names is kept.
 
     shards: devices that see different groups. memory: bytes that a batch may take on the hosts. Raises UserError where
-    the method makes no room for what it lays out.
+    the method makes no room for what it lays out, or lays out nothing that a loss could be of.
     """
     _check_room(sample, config, method)
+    _check_scored(sample, config)
     return batch_shapes.choose(
         sample,
         batch_size=config.train.batch_size,
@@ -60,6 +61,17 @@ def _check_room(sample: Sequence[Example | Size], config: Config, method: Method
                 f"config.method: Method.room of {config.method} has {name}={getattr(room, name)}, but every sampled "
                 f"example needs at least {least}"
             )
+
+
+def _check_scored(sample: Sequence[Example | Size], config: Config) -> None:
+    """Raises UserError where no sampled example has a supervised token, a target, a read or a slot: training would run
+    to its end with a loss of 0."""
+    examples = [one for one in sample if isinstance(one, Example)]
+    if examples and not any(one.loss_weights.any() or any(dataclasses.astuple(size_of(one).room)) for one in examples):
+        raise UserError(
+            f"config.method: the layout of {config.method} leaves nothing to be scored in any of {len(examples)} "
+            "sampled examples; expected Text(..., loss=True), targets, slots or reads"
+        )
 
 
 def check_groups(batch_shape: BatchShape, shards: int) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from latent_jax.config.training import Config
-from latent_jax.errors import UserError
+from latent_jax.errors import UserError, os_error
 from latent_jax.methods.contract import Loader, Method
 from latent_jax.models import hf_io, lora
 from latent_jax.models.heads import LatentVLM
@@ -264,8 +264,11 @@ def new_model(config: Config, method: Method, model_config: ModelConfig) -> Late
 
 
 def _loaded(path: str, load: Loader, like: jax.ShapeDtypeStruct, model: Arrays) -> jax.Array:
-    """A frozen array of the head. Raises UserError where its loader gives something else than was declared."""
-    found = load(path, like, model)
+    """A frozen array of the head. Raises UserError where its loader fails or gives something else than was declared."""
+    try:
+        found = load(path, like, model)
+    except OSError as problem:
+        raise UserError(f"config.method: the loader of {path}: {os_error(problem)}") from problem
     if (np.shape(found), found.dtype) != (like.shape, like.dtype):
         raise UserError(
             f"config.method: the loader of {path} gave {found.dtype} {np.shape(found)}, "

@@ -181,7 +181,7 @@ def test_a_number_that_is_none_is_named(tmp_path):
 
 def test_a_path_that_the_head_has_not_is_the_methods_fault(file):
     wrong = dataclasses.replace(METHOD, frozen=lambda config: {"head.none": ModelCopy("vlm.text.embed")})
-    with pytest.raises(ValueError, match="'head.none' is no path of its head"):
+    with pytest.raises(UserError, match="'head.none' is no path of its head"):  # of a method of one's own: one line
         check_frozen(config_of(file), wrong, small.model_config())
 
 
