@@ -26,6 +26,7 @@ BEGIN = """
 import dataclasses
 from examples.own_method import *
 from examples.own_method import METHOD as PAUSES
+from latent_jax.methods.contract import Method
 """
 CONFIG = """
 @dataclasses.dataclass({options})
@@ -68,7 +69,7 @@ def of_config(options="frozen=True", setting=NUMBER, section="mine", value="Mine
         ("import absent_of_all", "cannot be imported: No module named 'absent_of_all'$"),
         ("METHOD = 3", r"a METHOD; the METHOD of own_.* is 3, expected a Method\(\.\.\.\)$"),
         (BEGIN + "METHOD = Method", r"the METHOD of own_.* is <class .*Method'>, expected a Method"),
-        (BEGIN + "METHOD = Method(config=PauseConfig)", r"TypeError: .*missing .* required .*\(own_.*\.py:5\)$"),
+        (BEGIN + "METHOD = Method(config=PauseConfig)", r"TypeError: .*missing .* required .*\(own_.*\.py:6\)$"),
         (of_config(section="data"), r"sections \['data'\] are taken by the common config"),
         (of_config(setting="size: int = 4"), r"mine\.size is no option, expected NAME: TYPE = option\(DEFAULT, DOC\)"),
         (of_config(setting='size: dict = option(None, "?")'), r"mine\.size is no option, expected .* the type of int"),
@@ -111,7 +112,7 @@ def test_what_its_functions_raise_names_part_and_place(written):
     code += "  think=dataclasses.replace(PAUSES.think, shape=lambda config: {}[config.seed]), layout=lambda *a: a[9])\n"
     name = written(code)
     method, config = methods.find(name), schema.resolve(schema.default(name))
-    with pytest.raises(UserError, match=rf"^config\.method: Method\.room of {name}: AttributeError: .*\({name}.py:5\)"):
+    with pytest.raises(UserError, match=rf"^config\.method: Method\.room of {name}: AttributeError: .*\({name}.py:6\)"):
         method.room(config)
     with pytest.raises(
         UserError, match=rf"^config\.method: Think\.shape of {name}: KeyError: 0 \({name}.py:6\)$"

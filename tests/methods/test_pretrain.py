@@ -18,7 +18,7 @@ from latent_jax.data.packing import BatchShape, Packer
 from latent_jax.errors import UserError
 from latent_jax.inference import prompts
 from latent_jax.methods import pretrain
-from latent_jax.methods.latents import Latent, imagined_grid, merge_latents
+from latent_jax.methods.latents import READOUTS, Latent, imagined_grid, merge_latents
 from latent_jax.models.parameters import Structure
 from latent_jax.training.state import new_model
 from tests.reference import latent, ours
@@ -328,7 +328,7 @@ def test_a_record_without_a_caption_says_so():
 
 
 def test_no_image_stands_in_the_sequence_that_imagines_it():
-    for readout in pretrain.READOUTS:
+    for readout in READOUTS:
         config = make_config(data=dict(replay=0.0), latent=dict(readout=readout))
         layout = shown(1, config)
         assert layout.targets == (0,)

@@ -287,7 +287,8 @@ def test_bad_input(prepared, tmp_path, capsys):
     mesh = sharding.make_mesh(1, -1, 1)
     with pytest.raises(UserError, match="begun by another program .baseline.; use a new --workdir"):
         shapes.settle(
-            make_config(llava), tmp_path / "begun", sft.METHOD, small.processor(), None, [], mesh, small.directory()
+            *(make_config(llava), tmp_path / "begun", sft.METHOD, small.processor(), small.model_config()),
+            *([], mesh, small.directory()),
         )
     with pytest.raises(SystemExit) as end:
         finetune.main(["--config=configs/finetune.py", "--rows=0"])
