@@ -115,7 +115,7 @@ def test_what_its_functions_raise_names_part_and_place(written):
     with pytest.raises(UserError, match=rf"^config\.method: Method\.room of {name}: AttributeError: .*\({name}.py:6\)"):
         method.room(config)
     with pytest.raises(
-        UserError, match=rf"^config\.method: Think\.shape of {name}: KeyError: 0 \({name}.py:6\)$"
+        UserError, match=rf"^config\.method: Think\.shape of {name}: KeyError: 0 \({name}.py:7\)$"
     ) as told:
         method.think.shape(config)
     assert "KeyError" in "".join(traceback.format_exception(told.value.__cause__))
