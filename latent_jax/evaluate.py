@@ -157,7 +157,7 @@ def load_ours(config: Evaluation) -> Backend:
     }
 
     def answer(conversations: Sequence[list[dict]], tokens: int) -> list[str]:
-        shut = [()] * len(conversations) if vlm.writes and not config.evaluate.imagine else None
+        shut = None if config.evaluate.imagine else [()] * len(conversations)
         return answering.replies(vlm, conversations, tokens, spans=shut, seed=config.seed)
 
     return Backend(answer, settings, vlm)

@@ -136,7 +136,7 @@ def sender(
         shown = show(batch)
         if name == "none":
             empty: list[tuple] = [()] * len(batch)
-            return replies(vlm, shown, tokens, thoughts=empty, spans=empty if vlm.writes else None, seed=seed)
+            return replies(vlm, shown, tokens, thoughts=empty, spans=empty, seed=seed)
         if partners:
             given = [tuple([each.inputs for each in some] for some in (own.before, own.inside)) for own in lent(batch)]
         else:
@@ -152,7 +152,7 @@ def sender(
         inside = [some for _, some in given]
         spans = [[_stretched(each, size) for each in some] or None for some, size in zip(inside, sizes, strict=True)]
         thoughts = [before for before, _ in given]
-        return replies(vlm, shown, tokens, thoughts=thoughts, spans=spans if vlm.writes else None, seed=seed)
+        return replies(vlm, shown, tokens, thoughts=thoughts, spans=spans, seed=seed)
 
     return send
 

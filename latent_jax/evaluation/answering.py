@@ -205,7 +205,7 @@ def replies(
     """Replies of the facade (inference/vlm.py), of at most `tokens` words each.
 
     Latents inside a reply do not count against its length; their spans are counted in it (items.Reply). `thoughts` and
-    `spans` as in VLM.reply.
+    `spans` as in VLM.reply; of a model that writes none, `spans` mean nothing.
     """
     if not vlm.writes:
         return vlm.generate(conversations, tokens, thoughts=thoughts, seed=seed)

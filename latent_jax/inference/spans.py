@@ -73,7 +73,8 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
     most = span.most(config)
     shape, may_open = np.tile(np.array([1, 0], np.int32), (rows, 1)), np.zeros(rows, bool)
     number = np.zeros(rows, np.int32)
-    arrays = np.zeros((rows, span.kept, most, width), np.float32)
+    some = any(own is not None and len(own) for own in given)
+    arrays = np.zeros((rows if some else 0, span.kept, most, width), np.float32)
     for row, (example, own) in enumerate(zip(examples, given, strict=True)):
         wanted = shape_of(span, example, config)
         shape[row] = (wanted, 0) if isinstance(wanted, int) else wanted
@@ -87,7 +88,7 @@ def plan(writing: Writing, examples: Sequence[Example], given: Sequence[Given], 
                 )
             arrays[row, j, :count] = array
             number[row] = j + 1
-    return Rows(shape, may_open, arrays if number.any() else None, number)
+    return Rows(shape, may_open, arrays if some else None, number)
 
 
 def shape_of(span: Span, example: Example, config: Any) -> int | tuple[int, int]:
